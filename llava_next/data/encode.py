@@ -1,0 +1,86 @@
+"""A sample's bytes become token ids, labels, tiles and the gather that places their features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from llava_next.anyres import AnyRes
+from llava_next.data.batch import Example
+from llava_next.data.shards import BadSample, RawSample, decode_strip
+from llava_next.templates import Template
+
+
+@dataclass
+class Encoder:
+    """Everything needed to encode a sample; made once per worker.
+
+    Args:
+        template: chat template of the training text.
+        tokenizer: fast tokenizer of the model folder.
+        image_token_id: id that image positions carry.
+        anyres: geometry of the model's tiles.
+        max_length: tokens kept of a sample; the rest is cut at the end, image tokens too, as in the original.
+    """
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    anyres: AnyRes
+    max_length: int
+
+    def encode(self, raw: RawSample, sample_id: int, slot: int, source: int) -> Example:
+        """One sample, ready to be packed.
+
+        Raises:
+            BadSample: a strip that does not decode, tiles of another geometry, conversations that the template
+                refuses; the message says which.
+        """
+        tiles = [self._tiles(raw, number) for number in range(len(raw.images))]
+        indices = [self.anyres.feature_index(image.width, image.height) for image in raw.images]
+        try:
+            input_ids, labels = self.template.encode(
+                raw.conversations, self.tokenizer, self.image_token_id, [len(index) for index in indices]
+            )
+        except ValueError as error:
+            raise BadSample(str(error)) from error
+        image_positions = np.flatnonzero(input_ids == self.image_token_id)
+        feature_index = self._join(indices, [len(t) for t in tiles])
+        truncated = max(0, len(input_ids) - self.max_length)
+        if truncated:
+            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+            image_positions = image_positions[image_positions < self.max_length]
+            feature_index = feature_index[: len(image_positions)]
+        size = self.anyres.tile_size
+        return Example(
+            sample_id=sample_id,
+            slot=slot,
+            source=source,
+            input_ids=input_ids,
+            labels=labels,
+            tiles=np.concatenate(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8),
+            feature_index=feature_index,
+            image_positions=image_positions,
+            truncated=truncated,
+        )
+
+    def _tiles(self, raw: RawSample, number: int) -> np.ndarray:
+        image = raw.images[number]
+        grid = self.anyres.grid(image.width, image.height)
+        if grid != (image.rows, image.cols):
+            raise BadSample(
+                f"image {number} is cut into {image.rows} x {image.cols} tiles, this model wants {grid[0]} x {grid[1]} "
+                f"for {image.width} x {image.height} px; rebuild the shards for this vision tower"
+            )
+        tiles = decode_strip(image.data, self.anyres.tile_size)
+        if len(tiles) != 1 + image.rows * image.cols:
+            raise BadSample(f"image {number} holds {len(tiles)} tiles instead of {1 + image.rows * image.cols}")
+        return tiles
+
+    def _join(self, indices: list[np.ndarray], num_tiles: list[int]) -> np.ndarray:
+        """Feature indices of several images as one, tiles counted on; the newline row stays 0."""
+        starts = np.cumsum([0, *num_tiles[:-1]]) * self.anyres.patches_per_tile
+        shifted = [np.where(index > 0, index + start, 0) for index, start in zip(indices, starts, strict=False)]
+        return np.concatenate(shifted) if shifted else np.zeros(0, np.int64)

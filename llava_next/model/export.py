@@ -1,0 +1,195 @@
+"""Model folders in the llava-hf layout, written and read.
+
+Of the layouts in circulation this is the one that transformers 4.45 to 5.x and vLLM all load with zero missing keys:
+`language_model.model.*`, `language_model.lm_head.weight`, `vision_tower.vision_model.*`,
+`multi_modal_projector.linear_{1,2}.*`, `image_newline`. `save_pretrained` of transformers 5 writes other names for a
+freshly composed model, and older releases load those as random weights with only a warning; so the names are written
+explicitly here, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5 * 10**9
+
+# Everything beside weights and config that belongs to a model folder; copied from the folder training started with.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def file_key(name: str) -> str:
+    """The llava-hf key of a parameter of `LlavaNextForConditionalGeneration`.
+
+    Raises:
+        ValueError: for a name that is not part of the model.
+    """
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    prefix, _, rest = name.removeprefix("model.").partition(".")
+    if prefix == "language_model":
+        return f"language_model.model.{rest}"
+    if prefix == "vision_tower":
+        # transformers 5.17 nests the tower in `vision_model`, 5.23 does not; the file always does
+        return f"vision_tower.vision_model.{rest.removeprefix('vision_model.')}"
+    if prefix in ("multi_modal_projector", "image_newline"):
+        return name.removeprefix("model.")
+    raise ValueError(f"parameter {name!r} has no place in the llava-hf layout")
+
+
+class SafetensorsWriter:
+    """Writes tensors one by one into safetensors files of limited size plus their index.
+
+    Holds at most one file's tensors in memory. Use as a context manager; nothing counts until `__exit__` has written
+    the index. A single file is named `model.safetensors` and has no index.
+    """
+
+    def __init__(self, folder: Path, max_file_bytes: int = MAX_FILE_BYTES):
+        self.folder = Path(folder)
+        self.max_file_bytes = max_file_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._files: list[dict[str, int]] = []
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Takes a tensor (any device); writes out a file when the limit would be passed."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_file_bytes:
+            self._flush()
+        # clone: a view into a larger buffer would keep that buffer alive, and safetensors refuses shared memory
+        self._pending[key] = tensor.detach().to("cpu").contiguous().clone()
+        self._pending_bytes += size
+
+    def _flush(self) -> None:
+        path = self.folder / f"part-{len(self._files):05d}.safetensors"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._files.append({k: v.numel() * v.element_size() for k, v in self._pending.items()})
+        self._pending, self._pending_bytes = {}, 0
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, exc_type, exc, tb) -> None:
+        if exc_type is not None:
+            return
+        if self._pending:
+            self._flush()
+        count = len(self._files)
+        names = [
+            "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+        ]
+        for i, name in enumerate(names):
+            os.replace(self.folder / f"part-{i:05d}.safetensors", self.folder / name)
+        if count > 1:
+            weight_map = {key: name for name, keys in zip(names, self._files, strict=True) for key in keys}
+            total = sum(size for keys in self._files for size in keys.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of every parameter, gathered one at a time. A collective: all ranks must run it to the end.
+
+    Tied weights come once, under the name of the embedding.
+    """
+    for name, parameter in model.named_parameters():
+        name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        tensor = parameter.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    companions: str | Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    is_main_process: bool = True,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Path:
+    """Writes a model folder that stock `from_pretrained` loads. All ranks must call it; the main one writes.
+
+    The folder appears under its name only when it is complete; an older one of that name is replaced.
+
+    Args:
+        model: the model, sharded by FSDP2 or not, wrapped for activation checkpointing or not.
+        companions: folder with tokenizer, processor and template files to take along.
+        dtype: of every tensor written, and what config.json states.
+        max_file_bytes: size limit of one safetensors file.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".tmp")
+    if not is_main_process:
+        for _ in full_tensors(model):
+            pass
+        return folder
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write_weights(((file_key(name), t.to(dtype)) for name, t in full_tensors(model)), aside, max_file_bytes)
+    write_config(model.config, aside, dtype)
+    if companions is not None:
+        copy_companions(companions, aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    return folder
+
+
+def write_weights(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_file_bytes: int) -> None:
+    """Writes (key, tensor) pairs, already in the file's names and dtype."""
+    with SafetensorsWriter(folder, max_file_bytes) as writer:
+        for key, tensor in tensors:
+            writer.add(key, tensor)
+
+
+def write_config(config, folder: Path, dtype: torch.dtype) -> None:
+    """Writes config.json with the class name that stock transformers knows and the dtype in the files.
+
+    Every value is spelled out, because defaults differ between releases. Older releases read `torch_dtype`,
+    `rope_theta` and `rope_scaling` where newer ones read `dtype` and `rope_parameters`: both are written.
+    """
+    state = json.loads(config.to_json_string(use_diff=False))
+    name = str(dtype).removeprefix("torch.")
+    for part in (state, state["text_config"], state["vision_config"]):
+        part.pop("_name_or_path", None)
+        part["dtype"] = part["torch_dtype"] = name
+    rope = state["text_config"].get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        state["text_config"]["rope_theta"] = rope["rope_theta"]
+        scaled = rope.get("rope_type", "default") != "default"
+        state["text_config"]["rope_scaling"] = (
+            {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+        )
+    state["architectures"] = ["LlavaNextForConditionalGeneration"]
+    (folder / "config.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+
+def copy_companions(source: str | Path, folder: Path) -> None:
+    """Copies tokenizer, processor, template and generation files from one model folder to another."""
+    for name in COMPANION_FILES:
+        path = Path(source) / name
+        if path.exists():
+            shutil.copyfile(path, folder / name)

@@ -1,0 +1,220 @@
+"""LLaVA-NeXT with a packed forward.
+
+`LlavaNextForConditionalGeneration` is transformers' class with the same parameters, keys and config. It adds one
+forward path: a flat sequence of segments (see `llava_next.data.batch.PackedBatch` for the fields) in which image
+features are placed by precomputed indices, attention runs by segment, and the head sees supervised positions only.
+Called without the packed fields it is the stock model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
+from transformers.utils import ModelOutput
+
+from llava_next.model.attention import SEGMENT_ATTENTION
+from llava_next.model.head import LossHead
+
+# mean and std of the tiles' normalisation by kind of vision tower, as in the processors published with them
+NORMALISATION = {
+    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclass
+class PackedOutput(ModelOutput):
+    """What the packed forward returns.
+
+    Args:
+        loss: float32 scalar, sum over targets of weight * negative log-likelihood. Not divided by anything.
+        source_loss: float32 `[num_sources]`, unweighted negative log-likelihood summed by source, without gradient.
+        source_tokens: float32 `[num_sources]`, number of targets with a weight above 0 by source.
+    """
+
+    loss: torch.Tensor | None = None
+    source_loss: torch.Tensor | None = None
+    source_tokens: torch.Tensor | None = None
+
+
+class LlavaNextForConditionalGeneration(StockLlavaNext):
+    """transformers' LLaVA-NeXT plus the packed forward. Same parameters, keys, config and `architectures` name."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        # Same weight, same key, another forward: the loss must be computed inside the head (see head.py).
+        self.lm_head.__class__ = LossHead
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers skips its key conversion for classes defined outside of it; a published checkpoint would then
+        # load with a random lm_head.
+        return False
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        """Like transformers', with segment attention in the language model and SDPA in the vision tower by default."""
+        kwargs.setdefault("attn_implementation", {"text_config": SEGMENT_ATTENTION, "vision_config": "sdpa"})
+        return super().from_pretrained(path, *args, **kwargs)
+
+    def forward(self, input_ids=None, cu_seqlens: torch.Tensor | None = None, **kwargs):
+        """The packed forward when `cu_seqlens` is given, transformers' forward otherwise.
+
+        The packed fields are those of `llava_next.data.batch.PackedBatch`; see `packed_forward`.
+        """
+        if cu_seqlens is None:
+            return super().forward(input_ids=input_ids, **kwargs)
+        return self.packed_forward(input_ids, cu_seqlens, **kwargs)
+
+    def packed_forward(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_ids: torch.Tensor,
+        max_seqlen: int,
+        tiles: torch.Tensor,
+        feature_index: torch.Tensor,
+        image_positions: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_ids: torch.Tensor,
+        target_weights: torch.Tensor,
+        target_source: torch.Tensor,
+        num_sources: int = 1,
+    ) -> PackedOutput:
+        """Loss of a packed micro-batch of T tokens, N tiles, M image positions, K targets and G segments.
+
+        Args:
+            input_ids: int64 `[T]`; `position_ids` int64 `[T]`, restarting in each segment.
+            cu_seqlens: int32 `[G+1]`; `max_seqlen` the longest segment (Python int).
+            tiles: uint8 `[N, S, S, 3]`, N >= 1 (a batch without images carries one zero tile).
+            feature_index: int64 `[M]` into the rows [newline, tile 0 patch 0, ...]; `image_positions` int64 `[M]`.
+            target_positions, target_ids: int64 `[K]`, K >= 1; `target_weights` float32 `[K]`; `target_source` `[K]`.
+
+        Returns:
+            `PackedOutput`; nothing in it has been read back from the device.
+        """
+        embeds = self.model.language_model.embed_tokens(input_ids)
+        features = self.image_features(tiles)
+        # With no image position this is a gather and a copy of nothing: tower and projector stay in the graph with
+        # zero gradients, so every rank runs the same collectives (FSDP2 would hang otherwise).
+        embeds = embeds.index_copy(0, image_positions, features[feature_index].to(embeds.dtype))
+        hidden = self.decode_segments(embeds, position_ids, cu_seqlens, max_seqlen)
+        nll = self.lm_head(hidden[target_positions], target_ids)
+        source_loss, source_tokens = torch.zeros(2, num_sources, dtype=torch.float32, device=nll.device)
+        counted = (target_weights > 0).float()
+        return PackedOutput(
+            loss=(nll * target_weights).sum(),
+            source_loss=source_loss.index_add(0, target_source, nll.detach() * counted),
+            source_tokens=source_tokens.index_add(0, target_source, counted),
+        )
+
+    def image_features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Rows that `feature_index` points into.
+
+        Args:
+            tiles: uint8 `[N, S, S, 3]`.
+
+        Returns:
+            `[1 + N * patches, hidden_size]`: the newline embedding, then every tile's patches row by row.
+        """
+        vision_config = self.config.vision_config
+        mean, std = NORMALISATION[vision_config.model_type]
+        tower = self.vision_tower
+        frozen = not any(p.requires_grad for p in tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            patches = run_tower(tower, normalise(tiles, mean, std), self.config.vision_feature_layer)
+            if self.config.vision_feature_select_strategy == "default":
+                patches = patches[:, 1:]
+        patches = self.model.multi_modal_projector(patches)
+        newline = self.model.image_newline.to(patches.dtype)
+        return torch.cat([newline[None], patches.flatten(0, 1)])
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The module that holds embeddings and encoder, wherever this transformers release keeps it."""
+        tower = self.model.vision_tower
+        return getattr(tower, "vision_model", tower)
+
+    def decode_segments(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """Runs the language model's layers over a flat sequence.
+
+        The layers are called one by one because the stock loop builds a T x T mask first, which segment attention
+        does not need.
+
+        Args:
+            embeds: `[T, hidden_size]`; the other arguments as in `packed_forward`.
+
+        Returns:
+            Final hidden states `[T, hidden_size]`.
+        """
+        llm = self.model.language_model
+        hidden = embeds[None]
+        position_ids = position_ids[None]
+        position_embeddings = llm.rotary_emb(hidden, position_ids)
+        for layer in llm.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                use_cache=False,
+                cu_seq_lens_q=cu_seqlens,
+                cu_seq_lens_k=cu_seqlens,
+                max_length_q=max_seqlen,
+                max_length_k=max_seqlen,
+            )
+        return llm.norm(hidden)[0]
+
+
+def normalise(tiles: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 `[N, S, S, 3]` to float32 `[N, 3, S, S]`, scaled to 0..1 and normalised per channel."""
+    # Python scalars instead of tensors: nothing is copied to the device.
+    channels = [(tiles[..., c].float() / 255.0 - m) / s for c, (m, s) in enumerate(zip(mean, std, strict=True))]
+    return torch.stack(channels, dim=1)
+
+
+def run_tower(tower: nn.Module, pixels: torch.Tensor, feature_layer: int) -> torch.Tensor:
+    """Hidden states of one layer, without computing the layers after it.
+
+    Args:
+        tower: a CLIP or SigLIP vision transformer.
+        pixels: float `[N, 3, S, S]`.
+        feature_layer: as in the config; -2 is the output of the last layer but one.
+
+    Returns:
+        `[N, tokens, vision_hidden_size]`, the CLS token included where the tower has one.
+    """
+    layers = tower.encoder.layers
+    hidden = tower.embeddings(pixels)
+    if hasattr(tower, "pre_layrnorm"):
+        hidden = tower.pre_layrnorm(hidden)
+    for layer in layers[: used_layers(len(layers), feature_layer)]:
+        hidden = layer(hidden, attention_mask=None)
+    return hidden
+
+
+def used_layers(num_layers: int, feature_layer: int) -> int:
+    """How many encoder layers run before the features are taken: 23 of 24 for CLIP-L with layer -2.
+
+    `hidden_states` has `num_layers + 1` entries, the first being the embeddings.
+    """
+    used = feature_layer if feature_layer >= 0 else num_layers + 1 + feature_layer
+    if not 0 <= used <= num_layers:
+        raise ValueError(f"vision_feature_layer {feature_layer} does not exist in a tower of {num_layers} layers")
+    return used
+
+
+def unused_parameters(model: LlavaNextForConditionalGeneration) -> set[str]:
+    """Names of parameters that no forward ever reads: they stay frozen, out of the optimizer, and in the file.
+
+    These are the vision layers after the feature layer, the tower's final norm and SigLIP's pooling head.
+    """
+    tower = model.vision_tower
+    layers = tower.encoder.layers
+    dead = list(layers[used_layers(len(layers), model.config.vision_feature_layer) :])
+    dead += [getattr(tower, name) for name in ("post_layernorm", "head") if hasattr(tower, name)]
+    dead_ids = {id(p) for module in dead for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in dead_ids}

@@ -1,0 +1,128 @@
+"""Where compose takes weights from: a checkpoint on disk or on the hub, or a seeded random generator.
+
+Both give tensors one at a time under the checkpoint's own names, so that composing never holds a whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PretrainedConfig
+
+
+def resolve_folder(name: str) -> Path:
+    """A local folder, or the local copy of a hub repository (weights in safetensors where it has them).
+
+    Raises:
+        ValueError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ValueError(f"{name} is neither a folder nor a hub repository (owner/name)")
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = HfApi().list_repo_files(name)
+        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
+        return Path(snapshot_download(name, allow_patterns=[weights, "*.json", "*.model", "*.jinja", "merges.txt"]))
+    except Exception as error:
+        raise ValueError(f"{name} is not a local folder and could not be fetched from the hub: {error}") from error
+
+
+class CheckpointWeights:
+    """Tensors of a checkpoint folder, read lazily.
+
+    Safetensors files are memory-mapped. A folder that has only `pytorch_model*.bin` (Vicuna is published that way)
+    goes through torch's weights-only reader, which builds tensors and runs nothing from the file.
+
+    Raises:
+        ValueError: no weights, or a file that the index names is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: tuple[str, Callable[[str], torch.Tensor]] | None = None
+        self._file_of = self._read_index()
+
+    def _read_index(self) -> dict[str, str]:
+        for single in ("model.safetensors", "pytorch_model.bin"):
+            index = self.folder / f"{single}.index.json"
+            if index.exists():
+                file_of = json.loads(index.read_text())["weight_map"]
+                missing = sorted({f for f in file_of.values() if not (self.folder / f).exists()})
+                if missing:
+                    raise ValueError(f"{self.folder}: {index.name} names files that are not there: {missing[:5]}")
+                return file_of
+            if (self.folder / single).exists():
+                return dict.fromkeys(self._names(single), single)
+        raise ValueError(f"{self.folder}: no model.safetensors, no pytorch_model.bin and no index of either")
+
+    def _names(self, file: str) -> list[str]:
+        if file.endswith(".safetensors"):
+            with safe_open(self.folder / file, "pt") as opened:
+                return list(opened.keys())
+        return list(torch.load(self.folder / file, map_location="meta", weights_only=True))
+
+    def keys(self) -> list[str]:
+        """Names in the order of the files, so that reading them in turn opens each file once."""
+        return sorted(self._file_of, key=lambda key: (self._file_of[key], key))
+
+    def get(self, key: str) -> torch.Tensor:
+        """One tensor, in the dtype of the file."""
+        file = self._file_of[key]
+        if self._open is None or self._open[0] != file:
+            path = self.folder / file
+            if file.endswith(".safetensors"):
+                self._open = (file, safe_open(path, "pt").get_tensor)
+            else:
+                self._open = (file, torch.load(path, map_location="cpu", mmap=True, weights_only=True).__getitem__)
+        return self._open[1](key)
+
+
+class RandomWeights:
+    """Seeded random tensors with the names and shapes of an architecture.
+
+    Norms start at one, biases at zero, everything else is normal with the config's `initializer_range`. A tensor
+    depends on the seed and its name only, so files, order and machine do not change it.
+    """
+
+    def __init__(self, shapes: dict[str, torch.Size], seed: int, std: float = 0.02):
+        self.shapes, self.seed, self.std = shapes, seed, std
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, auto_class, seed: int) -> RandomWeights:
+        """Weights of the model that `auto_class.from_config(config)` would build; nothing is allocated."""
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+        tied = {id(p) for name, p in model.named_parameters() if name.endswith("embed_tokens.weight")}
+        shapes = {
+            name: p.shape
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if not (name == "lm_head.weight" and id(p) in tied)
+        }
+        return cls(shapes, seed, getattr(config, "initializer_range", 0.02))
+
+    def keys(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def get(self, key: str) -> torch.Tensor:
+        """One tensor, float32."""
+        shape = self.shapes[key]
+        if len(shape) == 1 and key.endswith("bias"):
+            return torch.zeros(shape)
+        if len(shape) == 1 and key.endswith("weight"):
+            return torch.ones(shape)
+        return torch.empty(shape).normal_(0.0, self.std, generator=seeded(self.seed, key))
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A generator for one named tensor."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

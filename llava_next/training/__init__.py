@@ -1,0 +1,1 @@
+"""The run: configuration, parallelism, optimizer, loop, checkpoints and metrics."""

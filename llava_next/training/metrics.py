@@ -1,0 +1,67 @@
+"""What a run reports: one JSON line a step, one console line now and then."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `4:05` below an hour."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class JsonLines:
+    """Appends JSON objects to a file, one a line, each flushed: a killed run loses none."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Progress:
+    """Steps done, speed over the last steps, and the time that is left.
+
+    Args:
+        total: steps of the run; done: steps before this start.
+        window: steps the speed is averaged over.
+    """
+
+    def __init__(self, total: int, done: int, window: int = 50):
+        self.total, self.done = total, done
+        self._marks: deque[float] = deque([time.monotonic()], maxlen=window + 1)
+
+    def advance(self) -> None:
+        """Counts one step."""
+        self.done += 1
+        self._marks.append(time.monotonic())
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean time of the last steps."""
+        steps = len(self._marks) - 1
+        return (self._marks[-1] - self._marks[0]) / steps if steps else 0.0
+
+    @property
+    def eta(self) -> str:
+        """Time that the remaining steps take at the present speed."""
+        return duration(self.step_seconds * (self.total - self.done))
+
+
+def console_line(record: dict, progress: Progress) -> str:
+    """The step as one line of text."""
+    return (
+        f"step {progress.done}/{progress.total}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  "
+        f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
+        f"data {100 * record['data_wait_s'] / max(record['step_s'], 1e-9):.0f} %  ETA {progress.eta}"
+    )

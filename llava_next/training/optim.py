@@ -1,0 +1,110 @@
+"""What is trained, at which rate, and how the rate moves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
+
+# parameter-name prefix of each module that has a learning rate of its own
+MODULES = {
+    "llm": ("model.language_model.", "lm_head."),
+    "projector": ("model.multi_modal_projector.",),
+    "vision": ("model.vision_tower.",),
+    "newline": ("model.image_newline",),
+}
+
+
+@dataclass
+class Rates:
+    """Peak learning rate per module; null freezes the module. Defaults: stage 2 as published.
+
+    Args:
+        llm: language model with embeddings and head.
+        projector: the two-layer projector.
+        vision: vision tower.
+        newline: the image_newline embedding.
+    """
+
+    llm: float | None = 2e-5
+    projector: float | None = 2e-5
+    vision: float | None = 2e-6
+    newline: float | None = 2e-5
+
+
+def module_of(name: str) -> str:
+    """`llm`, `projector`, `vision` or `newline` for a parameter's name."""
+    for module, prefixes in MODULES.items():
+        if name.startswith(prefixes):
+            return module
+    raise ValueError(f"parameter {name!r} belongs to no module that has a learning rate")
+
+
+def freeze(model: LlavaNextForConditionalGeneration, rates: Rates) -> None:
+    """Sets `requires_grad`: on for modules with a rate, off for the others and for parameters no forward reads."""
+    unused = unused_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(getattr(rates, module_of(name)) is not None and name not in unused)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing to train: every learning rate is null; set at least one of llm, projector, vision")
+
+
+def trainable_table(model: nn.Module, rates: Rates) -> list[tuple[str, int, int, float | None]]:
+    """(module, trainable parameters, all parameters, rate) for the plan's banner."""
+    counts = {module: [0, 0] for module in MODULES}
+    for name, parameter in model.named_parameters():
+        counts[module_of(name)][0] += parameter.numel() * parameter.requires_grad
+        counts[module_of(name)][1] += parameter.numel()
+    return [(module, *counts[module], getattr(rates, module)) for module in MODULES]
+
+
+def build_optimizer(
+    model: nn.Module, rates: Rates, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with one group per trainable module; call it before `accelerator.prepare`, together with the model.
+
+    Each group has `name` and `initial_lr`. Weight decay spares biases, norms and the newline embedding, in a group of
+    their own; with the published decay of 0 there is one group a module.
+    """
+    groups = []
+    for module in MODULES:
+        parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad and module_of(n) == module]
+        decayed = [p for _, p in parameters if not weight_decay or p.ndim > 1]
+        spared = [p for _, p in parameters if weight_decay and p.ndim <= 1]
+        for suffix, chosen, decay in (("", decayed, weight_decay), ("_no_decay", spared, 0.0)):
+            if chosen:
+                rate = getattr(rates, module)
+                groups.append(
+                    {"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay, "name": module + suffix}
+                )
+    fused = torch.cuda.is_available()
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
+
+
+def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
+    """ceil(ratio * total), as in the published recipe (156 of 5,198)."""
+    return math.ceil(warmup_ratio * total_steps)
+
+
+def rate_multiplier(step: int, total_steps: int, warmup_ratio: float) -> float:
+    """Linear warm-up from 0, then one half cosine to 0.
+
+    Args:
+        step: optimizer updates made before this one; the first update of a run has multiplier 0 when there is warm-up.
+    """
+    warmup = warmup_steps(total_steps, warmup_ratio)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:
+    """Sets every group's rate to its initial one times `multiplier`; returns the rates by group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
