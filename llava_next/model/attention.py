@@ -51,19 +51,12 @@ def segment_attention(
 def _sdpa_per_segment(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    # One SDPA call a segment is the same arithmetic as the sample alone, so packing is exact on a CPU.
-    borders = cu_seqlens.tolist()
-    enable_gqa = query.shape[1] != key.shape[1]
+    # One SDPA call a segment is the same arithmetic as the sample alone, so packing is exact on a CPU. `split` rather
+    # than slices: the backward of a split is one concatenation, that of a slice a full-size buffer each.
+    lengths = cu_seqlens.diff().tolist()
     outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:stop],
-            key[:, :, start:stop],
-            value[:, :, start:stop],
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=enable_gqa,
-        )
-        for start, stop in zip(borders[:-1], borders[1:], strict=True)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 

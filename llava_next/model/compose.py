@@ -27,11 +27,9 @@ from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.model.export import MAX_FILE_BYTES, file_key, write_config, write_weights
 from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration
 from llava_next.model.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
-from llava_next.templates import get_template
+from llava_next.templates import IMAGE_TOKEN, Template, get_template
 
 LLM_KINDS = ("llama", "qwen2", "mistral")
-IMAGE_TOKEN = "<image>"
-PAD_TOKEN = "<pad>"
 VOCABULARY_MULTIPLE = 64  # rows of embedding and head are padded to this, as in the published checkpoints
 
 
@@ -106,7 +104,7 @@ def compose(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new folder or remove it")
     template = get_template(template_name)
-    prepare_tokenizer(tokenizer, template)
+    template.prepare_tokenizer(tokenizer)
     config = compose_config(vision.config, llm.config, tokenizer, pinpoints)
     sources = source_of_keys(config, vision, llm)
     out.mkdir(parents=True, exist_ok=True)
@@ -114,30 +112,6 @@ def compose(
     write_config(config, out, dtype)
     write_companions(config, tokenizer, template, out)
     return out
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template) -> None:
-    """Adds `<image>` and, where there is none, a pad token; sets the template's terminator as end of sequence.
-
-    Raises:
-        ValueError: the template's special tokens are missing.
-    """
-    template.check_tokenizer(tokenizer)
-    tokenizer.add_tokens(_special(IMAGE_TOKEN), special_tokens=True)
-    if tokenizer.pad_token is None:
-        if tokenizer.unk_token is not None and tokenizer.convert_tokens_to_ids(tokenizer.unk_token) == 0:
-            tokenizer.pad_token = tokenizer.unk_token  # Vicuna's convention
-        else:
-            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.eos_token = template.stop
-    tokenizer.padding_side = "left"
-    tokenizer.chat_template = template.jinja
-
-
-def _special(text: str):
-    from transformers import AddedToken
-
-    return AddedToken(text, special=True, normalized=False, lstrip=False, rstrip=False)
 
 
 def compose_config(
@@ -249,7 +223,7 @@ def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight, mean.expand(missing, -1)])
 
 
-def write_companions(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, template, out: Path) -> None:
+def write_companions(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, template: Template, out: Path) -> None:
     """Writes tokenizer, processor, chat template and generation config so that transformers 4.45 to 5.x read them."""
 
     def write_json(name: str, value: dict) -> None:

@@ -98,9 +98,9 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
         features = self.image_features(tiles)
         # With no image position this is a gather and a copy of nothing: tower and projector stay in the graph with
         # zero gradients, so every rank runs the same collectives (FSDP2 would hang otherwise).
-        embeds = embeds.index_copy(0, image_positions, features[feature_index].to(embeds.dtype))
+        embeds = embeds.index_copy(0, image_positions, features.index_select(0, feature_index).to(embeds.dtype))
         hidden = self.decode_segments(embeds, position_ids, cu_seqlens, max_seqlen)
-        nll = self.lm_head(hidden[target_positions], target_ids)
+        nll = self.lm_head(hidden.index_select(0, target_positions), target_ids)
         source_loss, source_tokens = torch.zeros(2, num_sources, dtype=torch.float32, device=nll.device)
         counted = (target_weights > 0).float()
         return PackedOutput(

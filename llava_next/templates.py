@@ -1,0 +1,397 @@
+"""Chat templates: a conversation becomes token ids and labels, and a jinja text renders the same tokens.
+
+A `Template` is a handful of strings around the turns. `Template.encode` lays a conversation out as atoms (text, special
+tokens, images), each flagged as supervised or not, so the mask is known before anything is tokenised and no string is
+ever searched for it. `Template.jinja` is made from the same strings.
+
+Three promises, each held by a test:
+
+- The ids are those of the stock `LlavaNextProcessor` for the same chat through `Template.jinja`, as long as the texts
+  spell no special token. Every tokenizer is checked for it on a small chat before its first use.
+- Up to the last answer, they are the ids of the chat rendered with `add_generation_prompt=True`: the model is asked
+  what it was trained on. (Exception: an answer that starts with a line break, below.)
+- Text never becomes a special token, whatever it spells: `</s>`, `<|eot_id|>` and, in a sample without images,
+  `<image>` are tokenised as the characters they are.
+
+The beginning-of-sequence token is in no template: the tokenizer adds it, in the processor as in training, so that
+rendering first and tokenising at once both give one. `Template.prepare_tokenizer` switches that on. (Qwen has none.)
+
+Byte-level tokenizers (LLaMA3, Qwen) join line breaks: a header's last "\\n" and an answer that starts with "\\n" share
+a token. A token that starts before the answer is not supervised, so the first line breaks of such an answer are not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from tokenizers import AddedToken
+
+from llava_next.tokenise import (
+    IMAGE,
+    IMAGE_TOKEN,
+    Atom,
+    Binding,
+    Special,
+    assemble,
+    bind,
+    put_blank_merges_last,
+    rendered_ids,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Roles as data sets spell them
+_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+# One skeleton for all templates; the names in capitals are replaced by literals. Content is a string, where <image>
+# stands for an image, or a list of parts. A question gets the form that `place_images` gives it.
+_JINJA = """\
+{%- macro flat(content, image) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {{- image if 'image' in part['type'] else part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set images = namespace(count=0) -%}
+{%- for message in messages if message['role'] == 'user' -%}
+    {%- set images.count = images.count + flat(message['content'], '<image>').split('<image>')|length - 1 -%}
+{%- endfor -%}
+{%- if messages[0]['role'] != 'system' -%}
+    {{- DEFAULT_SYSTEM -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set text = flat(message['content'], '<image>' if images.count == 1 else '<image>\\n') -%}
+    {%- if message['role'] == 'user' -%}
+        QUESTION
+        {{- USER_BEFORE + text + USER_AFTER -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ANSWER_BEFORE + text + ANSWER_AFTER -}}
+    {%- elif message['role'] == 'system' and loop.first -%}
+        {{- SYSTEM_TURN if text -}}
+    {%- else -%}
+        {{- raise_exception('Only user and assistant turns, after at most one system turn, can be rendered.') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- HEADER -}}
+{%- endif -%}
+"""
+_SINGLE_IMAGE_IN_FRONT = """\
+{%- if images.count == 1 and '<image>' in text -%}
+            {%- set text = ('<image>\\n' + text.replace('<image>', '')|trim)|trim -%}
+        {%- endif -%}"""
+_IMAGES_ONLY = "{%- set text = '<image>' * (text.split('<image>')|length - 1) -%}"
+
+
+class Turn(NamedTuple):
+    """A question and its answer."""
+
+    number: int  # of the human turn, counted from 1 in the conversation as given
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written for one family of language models. Immutable, picklable, without state.
+
+    Attributes:
+        name: as in `get_template`.
+        special: tokens in the strings below that must be special tokens of the tokenizer.
+        user: text before and after a question.
+        answer: text before and after an answer; supervised. SentencePiece makes the space before a word part of the
+            word's token, so the space after "ASSISTANT:" belongs to the answer and not to the header.
+        header: text that opens an answer; not supervised. A generation prompt ends with it.
+        stop: the terminator: end token of the tokenizer and of the generation config. None: captions have none.
+        pad_token: padding for a tokenizer that has none; added to the vocabulary if it is not in there.
+        system: default system prompt.
+        system_turn: text before and after a system prompt; None: the format has no place for one.
+        caption_only: stage 1: one prompt and one caption; of the prompt, only the images stay.
+    """
+
+    name: str
+    special: tuple[str, ...]
+    user: tuple[str, str]
+    answer: tuple[str, str]
+    header: str = ""
+    stop: str | None = None
+    pad_token: str = "<pad>"
+    system: str = ""
+    system_turn: tuple[str, str] | None = None
+    caption_only: bool = False
+
+    def encode(
+        self,
+        conversations: Sequence[Mapping[str, str]],
+        tokenizer: PreTrainedTokenizerFast,
+        image_token_id: int,
+        image_lengths: Sequence[int],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and labels of one sample; nothing is truncated.
+
+        Args:
+            conversations: turns `{"from": "human" | "gpt", "value": text}`, or keys `role` and `content` with roles
+                `user` and `assistant`. A first turn that is not human is dropped; then human and gpt alternate.
+            tokenizer: a fast tokenizer as `prepare_tokenizer` leaves it. What is found out about it at its first use
+                is remembered: add no tokens to it afterwards.
+            image_token_id: the id repeated in an image's place.
+            image_lengths: number of image tokens of each image, in order; empty for a sample without images.
+                With one image, the `<image>` of its human turn moves to the turn's front (several become one); with
+                more, each stays where it is. Without images, and in every answer, the string `<image>` is text.
+
+        Returns:
+            `input_ids [T]` and `labels [T]`, int64. Labels are not shifted; -100 except on answers and terminators.
+
+        Raises:
+            ValueError: roles that do not alternate, a human turn at the end (nothing would be learned from it), an
+                empty answer, another number of placeholders than of images (an image without any included), text that
+                is not Unicode, or a tokenizer that does not fit.
+        """
+        turns = read_turns(conversations)
+        questions = place_images(turns, len(image_lengths))
+        if self.caption_only:
+            if len(turns) > 1 or not image_lengths:
+                raise ValueError(
+                    f"template {self.name!r} takes one prompt with an image and one caption, not {len(turns)} "
+                    f"question(s) with {len(image_lengths)} image(s): train on such samples with a chat template"
+                )
+            questions = [[""] * len(texts) for texts in questions]
+        binding = _bind(self, tokenizer, image_token_id)
+        atoms = self._atoms(questions, [turn.answer for turn in turns])
+        return assemble(atoms, tokenizer, binding, image_lengths)
+
+    @cached_property
+    def jinja(self) -> str:
+        """Chat template text to save with the tokenizer and the processor.
+
+        It takes string content (`<image>` marks an image) and list content, keeps terminators in the history and puts
+        the training's system prompt in front. A system message replaces that prompt; an empty one leaves it out.
+        """
+        before, after = map(json.dumps, self.system_turn or ("", ""))
+        no_system = json.dumps(f"The {self.name} format has no system prompt.")
+        literals = {
+            "DEFAULT_SYSTEM": json.dumps("".join(self._frame[0])),
+            "QUESTION": _IMAGES_ONLY if self.caption_only else _SINGLE_IMAGE_IN_FRONT,
+            "USER_BEFORE": json.dumps(self.user[0]),
+            "USER_AFTER": json.dumps(self.user[1]),
+            "ANSWER_BEFORE": json.dumps(self.header + self.answer[0]),
+            "ANSWER_AFTER": json.dumps(self.answer[1]),
+            "SYSTEM_TURN": f"({before} + text + {after})" if self.system_turn else f"raise_exception({no_system})",
+            "HEADER": json.dumps(self.header),
+        }
+        return re.sub("|".join(literals), lambda match: literals[match[0]], _JINJA)
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> int:
+        """Turns a language model's fast tokenizer, in place, into the one to train and save with; idempotent.
+
+        Adds `<image>`, then a padding token if there is none; lets the tokenizer add its beginning-of-sequence token;
+        makes the terminator the end token; pads on the left, for generation; sets the chat template; mends merges (see
+        `put_blank_merges_last`). Both stages train with the result: `plain` needs nothing more.
+
+        Returns:
+            The id of `<image>`.
+
+        Raises:
+            ValueError: as `check_tokenizer`; or the template is `plain`, which fits any model and so sets up none.
+        """
+        if self.stop is None:
+            raise ValueError(f"{self.name!r} is no chat template: prepare the tokenizer with the model's own template")
+        put_blank_merges_last(tokenizer)
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": AddedToken(self.pad_token, special=True, normalized=False)})
+        tokenizer.eos_token = self.stop
+        if tokenizer.bos_token is not None and rendered_ids(tokenizer, "") != [tokenizer.bos_token_id]:
+            tokenizer.add_bos_token = True
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what gets saved
+        tokenizer.chat_template = self.jinja
+        self.check_tokenizer(tokenizer)
+        return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Checks that `encode` can keep its promises with this tokenizer.
+
+        Raises:
+            ValueError: a slow tokenizer, a missing special token, no or two beginning-of-sequence tokens, special
+                tokens that plain text can produce, or a small chat whose ids are not those of its rendered text.
+        """
+        probe = self._atoms([["", "\nWhat is it? "], ["And \nnow?"]], [" A cat , on 2 mats.\n", "No."])
+        binding = bind(tokenizer, self.special, None if self.caption_only else list(probe))
+        _BINDINGS.setdefault(tokenizer, {})[self.name] = binding
+
+    @cached_property
+    def _frame(self) -> tuple[list[str], ...]:
+        """The template's own strings, cut at special tokens: system, around a question, around an answer."""
+        before, after = self.system_turn or ("", "")
+        system = before + self.system + after if self.system else ""
+        strings = (system, self.user[0], self.user[1] + self.header, *self.answer)
+        cuts = "(" + "|".join(map(re.escape, self.special)) + ")" if self.special else "(?!)"
+        return tuple(
+            [Special(part) if part in self.special else part for part in re.split(cuts, string) if part]
+            for string in strings
+        )
+
+    def _atoms(self, questions: Iterable[list[str]], answers: Iterable[str]) -> Iterator[Atom]:
+        """(text or special token, supervised) of the whole sample; what the data brings is always text."""
+        system, before, after, answer_before, answer_after = self._frame
+        for atom in system:
+            yield atom, False
+        for texts, answer in zip(questions, answers, strict=True):
+            for atom in before:
+                yield atom, False
+            yield texts[0], False
+            for text in texts[1:]:
+                yield IMAGE, False
+                yield text, False
+            for atom in after:
+                yield atom, False
+            for atom in (*answer_before, answer, *answer_after):
+                yield atom, True
+
+
+def read_turns(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
+    """Questions with their answers; a first turn that is not human is dropped, as in the original.
+
+    Raises:
+        ValueError: as `Template.encode` about roles and texts, naming the turn.
+    """
+    turns = [(number, *_read_turn(number, turn)) for number, turn in enumerate(conversations, start=1)]
+    if turns and turns[0][1] != "human":
+        turns = turns[1:]
+    if not turns:
+        raise ValueError("the conversation has no human turn: it needs a human turn and an answer")
+    for position, (number, role, value) in enumerate(turns):
+        due = ("human", "gpt")[position % 2]
+        if role != due:
+            raise ValueError(f"turn {number} is from {role!r} where {due!r} is due: human and gpt turns must alternate")
+        if role == "gpt" and not value.strip():
+            raise ValueError(f"turn {number} (gpt) is empty: remove it together with its question")
+    if len(turns) % 2:
+        raise ValueError(f"the conversation ends with turn {turns[-1][0]} (human): add its answer or remove it")
+    return [Turn(human[0], human[2], gpt[2]) for human, gpt in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def place_images(turns: Sequence[Turn], n_images: int) -> list[list[str]]:
+    """Every question as the texts before, between and after its images.
+
+    With one image, its placeholder goes to the front of the stripped question (several become one), as LLaVA does it;
+    with several images placeholders stay where they are; without, they are text.
+
+    Raises:
+        ValueError: the number of placeholders is not the number of images.
+    """
+    questions = [turn.question.split(IMAGE_TOKEN) if n_images else [turn.question] for turn in turns]
+    if n_images == 1:
+        # the strip leaves the placeholder alone when the question is nothing else
+        questions = [["", f"\n{''.join(q).strip()}".rstrip()] if len(q) > 1 else q for q in questions]
+    found = [str(turn.number) for turn, texts in zip(turns, questions, strict=True) for _ in texts[1:]]
+    if len(found) != n_images:
+        where = f" (turn {', '.join(found)})" if found else ""
+        raise ValueError(
+            f"{n_images} image(s) but {len(found)} {IMAGE_TOKEN} placeholder(s) in the human turns{where}: "
+            f"write one {IMAGE_TOKEN} for each image, in the order of the images"
+        )
+    return questions
+
+
+def _read_turn(number: int, turn: Mapping[str, str]) -> tuple[str, str]:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"turn {number} is {turn!r}: write an object with 'from' and 'value'")
+    role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(value, str):
+        raise ValueError(f"turn {number} holds {value!r} under 'value' or 'content': write a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"turn {number} holds half a surrogate pair at character {error.start}: repair the text's encoding"
+        ) from None
+    return _ROLES.get(role, role), value
+
+
+# Per tokenizer and template name. Derived facts only: a new process finds them out again.
+_BINDINGS: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, dict[str, Binding]] = weakref.WeakKeyDictionary()
+
+
+def _bind(template: Template, tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> Binding:
+    bindings = _BINDINGS.setdefault(tokenizer, {})
+    if template.name not in bindings:
+        template.check_tokenizer(tokenizer)
+    binding = bindings[template.name]
+    known = binding.special_ids[IMAGE_TOKEN]
+    if image_token_id != known:
+        raise ValueError(f"image_token_id is {image_token_id}, but {IMAGE_TOKEN} is {known} in the tokenizer: use that")
+    return binding
+
+
+# Stage 1. The caption is tokenised as a text of its own, as the original does, so that SentencePiece gives its first
+# word a "▁". (In a rendered text a legacy=False tokenizer leaves that "▁" out; the prompt before it is the same.)
+_PLAIN = Template(name="plain", special=(), user=("", ""), answer=("", "\n"), caption_only=True)
+
+_VICUNA_V1 = Template(
+    name="vicuna_v1",
+    special=("</s>",),
+    user=("USER: ", ""),
+    header=" ASSISTANT:",
+    answer=(" ", "</s>"),
+    stop="</s>",
+    pad_token="<unk>",
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    system_turn=("", " "),
+)
+
+_LLAMA_3 = Template(
+    name="llama_3",
+    special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    answer=("", "<|eot_id|>"),
+    stop="<|eot_id|>",
+    system="You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language.",
+    system_turn=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+)
+
+# ChatML. The line break after the terminator is supervised with it; generation stops before it.
+_QWEN = Template(
+    name="qwen",
+    special=("<|im_start|>", "<|im_end|>"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    header="<|im_start|>assistant\n",
+    answer=("", "<|im_end|>\n"),
+    stop="<|im_end|>",
+    pad_token="<|endoftext|>",
+    system="You are a helpful assistant.",
+    system_turn=("<|im_start|>system\n", "<|im_end|>\n"),
+)
+
+_MISTRAL = Template(name="mistral", special=("</s>",), user=("[INST] ", " [/INST]"), answer=(" ", " </s>"), stop="</s>")
+
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {template.name: template for template in (_PLAIN, _VICUNA_V1, _LLAMA_3, _QWEN, _MISTRAL)}
+)
+
+
+def get_template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        ValueError: no such template.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(f"no template {name!r}: choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]

@@ -1,0 +1,26 @@
+# Sourced by test.sh and quickstart.sh: a virtual environment in .venv with the pinned packages of some extras.
+#
+#   prepare_environment EXTRAS     e.g. prepare_environment train,demo
+#
+# Installs again only when the pins, the package's metadata or the extras have changed. Uses `python3`, or $PYTHON.
+
+prepare_environment() {
+    local extras=$1 python=${PYTHON:-python3} stamp=.venv/.installed-$1 wanted
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
+        echo "Python 3.10 or newer is needed; set PYTHON to its path (found: $("$python" --version 2>&1))" >&2
+        return 1
+    }
+    wanted=$(cat constraints.txt setup.cfg pyproject.toml | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        echo "environment: .venv is up to date"
+        return 0
+    fi
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    echo "environment: installing into .venv (first time: about a minute and 1.5 GB; more where a GPU build is served)"
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
+    "${pip[@]}" setuptools wheel
+    # torch first and alone: a resolver that sees it pinned and installed never looks at another build
+    "${pip[@]}" torch
+    "${pip[@]}" --no-build-isolation --editable ".[$extras]"
+    echo "$wanted" > "$stamp"
+}

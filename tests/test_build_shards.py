@@ -1,0 +1,327 @@
+"""The build tool, as a user runs it: whole data sets that do not depend on the workers, and reports of what is bad."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from llava_next.anyres import HF_336, ORIGINAL_336, AnyRes
+from llava_next.data.index import read_dataset
+from llava_next.data.shards import decode_strip, read_sample
+from llava_next.data.storage import Storage
+
+TOOL = Path(__file__).parents[1] / "data_tools" / "build_shards.py"
+SPEC = importlib.util.spec_from_file_location("build_shards", TOOL)
+tool = sys.modules["build_shards"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
+
+GEOMETRY = ["--tile_size", "32", "--patch_size", "8", "--pinpoints", "32x64,64x32,64x64"]
+SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def arguments_for(inputs: Path, out: Path, *more, geometry=GEOMETRY) -> list[str]:
+    paths = ["--json", inputs / "train.json", "--images", inputs / "images", "--out", out]
+    return [str(word) for word in (*paths, *geometry, "--workers", 0, "--shard_samples", 16, *more)]
+
+
+def run(inputs: Path, out: Path, *more, geometry=GEOMETRY) -> Result:
+    """Runs the tool's main function here, to save the imports of a process of its own."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            tool.main(arguments_for(inputs, out, *more, geometry=geometry))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            if isinstance(end.code, str):  # which the interpreter would print
+                print(end.code, file=stderr)
+    return Result(code, stdout.getvalue(), stderr.getvalue())
+
+
+def run_process(inputs: Path, out: Path, *more) -> Result:
+    """Runs the tool as a user does."""
+    command = [sys.executable, str(TOOL), *arguments_for(inputs, out, *more)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def turns(question: str = "<image>\nWhat?", answer: str = "This.") -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def record(number: int, image, **changes) -> dict:
+    return {"id": f"s{number}", "image": image, "conversations": turns()} | changes
+
+
+def make_inputs(folder: Path, count: int = 40) -> list[dict]:
+    """`count` records, with noise pictures in two folders, some pairs of pictures and some texts without one."""
+    rng, records = np.random.default_rng(0), []
+    for number in range(count):
+        height, width = rng.integers(10, 100, 2)
+        name = f"{('coco', 'vg')[number % 2]}/{number}.png"
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / "images" / name)
+        records.append(record(number, name))
+    if count > 20:
+        records[10] |= {"image": ["coco/0.png", "vg/1.png"], "conversations": turns("<image> or <image>?")}
+        records[11] = {"id": 11, "conversations": turns("no picture, but <image> in the text")}
+    write_json(folder, records)
+    return records
+
+
+def write_json(folder: Path, records: list[dict]) -> None:
+    (folder / "train.json").write_text(json.dumps(records))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def samples(folder: Path) -> dict:
+    info, index = read_dataset(folder)
+    storage, found = Storage(folder), {}
+    for row in range(len(index)):
+        where = index.locate(row)
+        sample = read_sample(storage.read_range(info.shards[where.shard].name, where.offset, where.nbytes), where.key)
+        found[sample.id] = sample
+    return found
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(inputs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "set"
+    result = run(inputs, out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_the_same_bytes_with_any_number_of_workers(inputs, built, tmp_path):
+    expected = checksums(built)
+    assert list(expected) == [
+        "dataset.json",
+        "index.parquet",
+        "rejected.jsonl",
+        *(f"shard-00000{n}.tar" for n in range(3)),
+    ]
+    result = run_process(inputs, tmp_path / "out", "--workers", 2)  # `built` is made without worker processes
+    assert result.returncode == 0, result.stderr
+    assert checksums(tmp_path / "out") == expected
+
+
+def test_every_record_is_stored_with_the_tiles_of_its_pictures(inputs, built):
+    records, stored = json.loads((inputs / "train.json").read_text()), samples(built)
+    assert set(stored) == {str(record["id"]) for record in records}
+    for row, source in enumerate(records):
+        sample = stored[str(source["id"])]
+        assert sample.key == f"{row:09d}"
+        assert sample.conversations == source["conversations"]
+        names = source.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        assert sample.source == (names[0].split("/")[0] if names else "text")
+        assert len(sample.images) == len(names)
+        for name, strip in zip(names, sample.images, strict=True):
+            image = Image.open(inputs / "images" / name)
+            assert (strip.width, strip.height) == image.size and (strip.rows, strip.cols) == SMALL.grid(*image.size)
+            if strip.ext == "webp":
+                assert np.array_equal(decode_strip(strip.data, 32), SMALL.tiles(image))
+
+
+def test_order_in_the_shards_is_a_shuffle_that_the_seed_decides(inputs, built, tmp_path):
+    def keys(folder):
+        url = f"file:{folder}/shard-{{000000..000002}}.tar"
+        return [sample["__key__"] for sample in webdataset.WebDataset(url, shardshuffle=False)]
+
+    run(inputs, tmp_path / "seed1", "--seed", 1)
+    assert sorted(keys(built)) == sorted(keys(tmp_path / "seed1")) == [f"{row:09d}" for row in range(40)]
+    assert keys(built) != keys(tmp_path / "seed1") != sorted(keys(built)) != keys(built)
+
+
+def test_jsonl_gives_the_same_shards(inputs, built, tmp_path):
+    lines = tmp_path / "train.json"
+    lines.write_text("\n".join(json.dumps(r) for r in json.loads((inputs / "train.json").read_text())) + "\n")
+    (tmp_path / "images").symlink_to(inputs / "images")
+    assert run(tmp_path, tmp_path / "out").returncode == 0
+    ours, theirs = checksums(tmp_path / "out"), checksums(built)
+    assert all(ours[name] == theirs[name] for name in ours if name != "dataset.json")
+
+
+def test_a_finished_build_is_not_repeated_and_never_mixed_with_another(inputs, built):
+    before = checksums(built), (built / "shard-000000.tar").stat().st_mtime_ns
+    again = run(inputs, built)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    other = run(inputs, built, "--seed", 5)
+    assert other.returncode == 1 and "holds a data set from other input or arguments" in other.stderr
+    assert (checksums(built), (built / "shard-000000.tar").stat().st_mtime_ns) == before
+
+
+def test_one_corrupt_image_in_100_changes_nothing_for_the_rest(tmp_path):
+    records = make_inputs(tmp_path, 100)
+    assert run(tmp_path, tmp_path / "clean").returncode == 0
+    path = tmp_path / "images" / records[42]["image"]
+    path.write_bytes(path.read_bytes()[:100])
+    result = run(tmp_path, tmp_path / "corrupt")
+    assert result.returncode == 0 and "1 samples rejected" in result.stdout
+    (entry,) = map(json.loads, (tmp_path / "corrupt" / "rejected.jsonl").read_text().splitlines())
+    assert entry["id"] == "s42" and entry["file"] == records[42]["image"]
+    assert "image cannot be read" in entry["reason"]
+    clean, corrupt = samples(tmp_path / "clean"), samples(tmp_path / "corrupt")
+    assert clean.pop("s42") and corrupt == clean
+
+
+BAD = [
+    ({"image": "coco/missing.png"}, "no such image file"),
+    ({"image": "notes.png"}, "image cannot be read"),
+    ({"image": "../secret.png"}, "path leaves the image root"),
+    ({"image": "coco/../../secret.png"}, "path leaves the image root"),
+    ({"image": "/etc/passwd"}, "path leaves the image root"),
+    ({"image": "coco"}, "no such image file"),
+    ({"image": 7}, "neither a path nor a list"),
+    ({"image": "coco/0\0.png"}, "no such image file|image cannot be read"),
+    ({"image": "bomb.png"}, "DecompressionBomb"),
+    ({"image": "drawing.eps"}, "image cannot be read"),
+    ({"conversations": [*turns(), *turns()[:1], *turns()[:1]]}, "turn 4 is from 'human' where 'gpt' is due"),
+    ({"conversations": turns(answer=" \n")}, r"turn 2 \(gpt\) is empty"),
+    ({"conversations": turns()[:1]}, r"ends with turn 1 \(human\)"),
+    ({"conversations": []}, "no human turn"),
+    ({"conversations": [7]}, "turn 1 is 7"),
+    ({"conversations": "hello"}, "not a list of turns"),
+    ({"conversations": [{"from": "human"}]}, "turn 1 holds None"),
+    ({"conversations": turns("What?")}, "1 image.s. but 0 <image>"),
+    ({"conversations": [*turns(), *turns()]}, "1 image.s. but 2 <image>"),
+    ({"conversations": turns("\ud83d <image>")}, "half a surrogate pair"),
+]
+
+
+def test_every_kind_of_bad_sample_is_reported_with_its_reason(tmp_path):
+    records = make_inputs(tmp_path, 19)
+    (tmp_path / "secret.png").write_bytes((tmp_path / "images" / records[0]["image"]).read_bytes())
+    (tmp_path / "images" / "notes.png").write_text("not a picture")
+    (tmp_path / "images" / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "images" / "bomb.png")
+    bad = [record(100 + number, **{"image": "coco/0.png"} | changes) for number, (changes, _) in enumerate(BAD)]
+    write_json(tmp_path, records + bad)
+    result = run(tmp_path, tmp_path / "out", "--max_rejected_share", 0.6)
+    assert result.returncode == 0, result.stderr
+    report = {entry["id"]: entry for entry in map(json.loads, (tmp_path / "out" / "rejected.jsonl").open())}
+    assert set(report) == {f"s{100 + number}" for number in range(len(BAD))}
+    for number, (_, reason) in enumerate(BAD):
+        entry = report[f"s{100 + number}"]
+        assert re.search(reason, entry["reason"]), entry
+        assert entry["file"] == bad[number]["image"]
+    assert set(samples(tmp_path / "out")) == {f"s{number}" for number in range(19)}
+
+
+def test_too_many_bad_samples_fail_after_the_report_and_leave_no_data_set(tmp_path):
+    records = make_inputs(tmp_path, 20)
+    for row in (3, 4):
+        (tmp_path / "images" / records[row]["image"]).unlink()
+    result = run(tmp_path, tmp_path / "out")
+    assert result.returncode == 1
+    assert "2 of 20 samples rejected" in result.stderr and "no such image file (2)" in result.stderr
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match=r"no dataset\.json"):
+        read_dataset(tmp_path / "out")
+    assert run(tmp_path, tmp_path / "out", "--max_rejected_share", 0.2).returncode == 0
+    assert len(samples(tmp_path / "out")) == 18
+
+
+def test_images_are_opened_by_content_not_by_name(tmp_path):
+    records = make_inputs(tmp_path, 4)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8))
+    formats = {"GIF": picture.quantize(16), "BMP": picture, "WEBP": picture, "JPEG": picture.convert("CMYK")}
+    for number, (name, image) in enumerate(formats.items()):
+        image.save(tmp_path / "images" / records[number]["image"], format=name)
+    assert run(tmp_path, tmp_path / "out", "--codec", "webp").returncode == 0
+    stored = samples(tmp_path / "out")
+    for number, source in enumerate(records):
+        expected = SMALL.tiles(Image.open(tmp_path / "images" / source["image"]))
+        assert np.array_equal(decode_strip(stored[f"s{number}"].images[0].data, 32), expected)
+
+
+def test_a_killed_build_never_looks_whole_and_can_be_run_again(tmp_path):
+    make_inputs(tmp_path, 100)
+    command = [sys.executable, str(TOOL), *arguments_for(tmp_path, tmp_path / "out", "--shard_samples", 20)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out" / "shard-000000.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    with pytest.raises(ValueError, match=r"no dataset\.json"):
+        read_dataset(tmp_path / "out")
+    assert run(tmp_path, tmp_path / "out", "--shard_samples", 20).returncode == 0
+    assert run(tmp_path, tmp_path / "clean", "--shard_samples", 20).returncode == 0
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "clean")
+
+
+def test_tar_files_of_others_are_never_touched(inputs, tmp_path):
+    (tmp_path / "shard-000000.tar").write_bytes(b"precious")
+    result = run(inputs, tmp_path)
+    assert result.returncode == 1 and "tar files that this tool did not write" in result.stderr
+    assert checksums(tmp_path) == {"shard-000000.tar": hashlib.sha256(b"precious").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "geometry", "message"),
+    [
+        ((), [], "give --tower, or all of"),
+        ((), ["--tile_size", "32", "--patch_size", "8", "--pinpoints", "32,64"], "expected HEIGHTxWIDTH"),
+        ((), ["--tile_size", "32", "--patch_size", "8", "--pinpoints", "33x64"], "not a multiple of tile_size 32"),
+        (("--json", "nowhere.json"), GEOMETRY, "--json nowhere.json: No such file"),
+        (("--json", TOOL), GEOMETRY, "neither a JSON list nor one JSON object a line"),
+        (("--images", "nowhere"), GEOMETRY, "--images nowhere is not a folder"),
+        (("--workers", "-1"), GEOMETRY, "--workers must be 0 or more"),
+        (("--surprise",), GEOMETRY, "unrecognized arguments"),
+    ],
+)
+def test_wrong_arguments_are_clear_errors(inputs, tmp_path, arguments, geometry, message):
+    result = run(inputs, tmp_path / "out", *arguments, geometry=geometry)
+    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("pinpoints", "expected"), [("original", ORIGINAL_336), ("hf", HF_336)])
+def test_towers_have_the_published_geometry(tmp_path, pinpoints, expected):
+    make_inputs(tmp_path, 2)
+    result = run(tmp_path, tmp_path / "out", geometry=["--tower", "clip-336", "--pinpoints", pinpoints])
+    assert result.returncode == 0, result.stderr
+    assert read_dataset(tmp_path / "out")[0].anyres == AnyRes(336, 14, expected)
+
+
+def test_turns_with_role_and_content_are_stored_as_from_and_value(tmp_path):
+    (source,) = make_inputs(tmp_path, 1)
+    source["conversations"] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nWhat?"},
+        {"role": "assistant", "content": "This."},
+    ]
+    write_json(tmp_path, [source])
+    assert run(tmp_path, tmp_path / "out").returncode == 0
+    expected = [{"from": turn["role"], "value": turn["content"]} for turn in source["conversations"]]
+    assert samples(tmp_path / "out")["s0"].conversations == expected

@@ -1,0 +1,63 @@
+"""Run under `accelerate launch`: loss and all gradients of one step, dealt unevenly to the ranks.
+
+Usage: gradients.py MODEL_FOLDER OUT_FILE FROZEN_MODULE...
+Rank 0 gets a text-only sample and an empty micro-batch; the images are on the others (with one rank: all on it).
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tiny import pack_tiny, random_samples
+
+from llava_next.model.export import full_tensors
+from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.loop import agree_on_step, slot_weights
+from llava_next.training.optim import Rates, build_optimizer, freeze
+from llava_next.training.parallel import build_accelerator, shard
+
+SAMPLES = [*random_samples(1, 5, images=(1, 2)), *random_samples(2, 1, images=(0,))]
+for slot, (example, _) in enumerate(SAMPLES):
+    example.slot = slot
+
+
+def micro_batches(rank: int, world: int):
+    """Two micro-batches for this rank; text only and nothing on rank 0, all images elsewhere."""
+    examples = [e for e, _ in SAMPLES]
+    if world == 1:
+        return [pack_tiny(examples[:3]), pack_tiny(examples[3:])]
+    if rank == 0:
+        return [pack_tiny(examples[5:]), pack_tiny([])]
+    mine = [e for i, e in enumerate(examples[:5]) if i % (world - 1) == rank - 1]
+    return [pack_tiny(mine[:2]), pack_tiny(mine[2:])]
+
+
+def main(folder: str, out: str, *frozen: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = build_accelerator()
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
+    freeze(model, rates)
+    model, optimizer = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0))
+    micros = micro_batches(accelerator.process_index, accelerator.num_processes)
+    counts = agree_on_step(micros, len(SAMPLES), stop=False)
+    weights = slot_weights(counts.supervised, "token")
+    total = torch.zeros(())
+    for batch in micros:
+        loss = model(**batch.weighted(weights).model_inputs(accelerator.device), num_sources=2).loss
+        (loss * accelerator.num_processes).backward()
+        total += loss.detach()
+    dist.all_reduce(total)
+    result = {"loss": total, "units": torch.tensor(sum("FSDP" in type(m).__name__ for m in model.modules()))}
+    for name, tensor in full_tensors(model):
+        result[f"weight/{name}"] = tensor.contiguous()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            result["grad/" + name.replace("_checkpoint_wrapped_module.", "")] = parameter.grad.full_tensor()
+    if accelerator.is_main_process:
+        save_file(result, out)
+    accelerator.end_training()
+
+
+main(*sys.argv[1:])
