@@ -3,9 +3,10 @@
     python data_tools/make_digits.py --out demo/digits --train 24000 --held_out 500 --seed 0
 
 The scans are scikit-learn's `load_digits`: 1,797 real ones of 8 x 8 pixels, from the UCI Optical Recognition of
-Handwritten Digits set. A picture holds one to six of them, each in a cell of 14 to 30 pixels, so a long row is legible
-in the tiles of its canvas and not in a 32-pixel base tile (5 pixels a digit). Training and held-out pictures share no
-scan. Needs scikit-learn; no network.
+Handwritten Digits set. A picture holds one to six of them, each in a cell of 14 to 30 pixels. With tiles of 32 pixels
+and canvases of up to three of them, a cell of a six-digit row is about 15 pixels wide in its canvas and 5 in the base
+tile, where one 8-pixel patch sees parts of two or three digits. Training and held-out pictures share no scan. Needs
+scikit-learn; no network.
 
 What it writes:
     DIR/train.json, DIR/held_out.json             lists of {id, image, conversations, source}
@@ -129,7 +130,7 @@ def render(composition: Composition, scans: Scans, rng: np.random.Generator) -> 
     coverage = np.zeros((composition.rows * cell + top + bottom, composition.cols * cell + left + right))
     for position, scan in enumerate(composition.scans):
         row, col = divmod(position, composition.cols)
-        size = round(cell * rng.uniform(0.88, 1.0))
+        size = round(cell * rng.uniform(0.85, 0.95))
         y, x = np.array([top + row * cell, left + col * cell]) + rng.integers(0, cell - size + 1, 2)
         # Two calls, because the order of the two passes of one call depends on the Pillow version.
         digit = Image.fromarray(scans.pixels[scan]).resize((size, 8), Image.Resampling.BICUBIC)
@@ -205,7 +206,7 @@ def build(out: Path, train: int, held_out: int, seed: int, workers: int = 1) -> 
         False when `out` already holds exactly this, complete; nothing is touched then.
 
     Raises:
-        ValueError: an argument is out of range, scikit-learn is missing, or `out` holds a set made with other arguments.
+        ValueError: an argument is out of range, scikit-learn is missing, or `out` holds another set of digits.
     """
     check_arguments(train, held_out, seed, workers)
     asked = {"held_out": held_out, "seed": seed, "train": train, "version": FORMAT_VERSION}

@@ -7,8 +7,8 @@ newline embedding, and the sequence is: base tile, then the rows of the map.
 
 Only integers and pixels live here: the same numbers are needed by the tools that build shards, by the planner that
 sizes a million samples before it reads one, and by the model's gather. Counts and order are those of
-`LlavaNextModel.pack_image_features` in transformers >= 4.51 (the original unpads with int(x), which loses a row or
-column of patches where a float falls just below a whole number); pixels are those of the original LLaVA-NeXT code.
+`LlavaNextModel.pack_image_features` in transformers >= 4.51 (the original unpads with int(x), which loses rows or
+columns of patches where a float falls just below a whole number); pixels are those of the original LLaVA-NeXT code.
 
 Pinpoints are `(height, width)` as in transformers' `image_grid_pinpoints`. The original code read the same list as
 (width, height), which decides between the two 2-tile canvases when a picture is small: use `ORIGINAL_336` to get the
