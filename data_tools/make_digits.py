@@ -10,6 +10,7 @@ scikit-learn; no network.
 
 What it writes:
     DIR/train.json, DIR/held_out.json             lists of {id, image, conversations, source}
+    DIR/captions.json                             2,000 training pictures with one question and answer, for stage 1
     DIR/images/{train,held_out}/NNN/NNNNNN.png    8-bit grey; `image` is relative to DIR/images
     DIR/digits.json                               the arguments and hashes, written last: without it DIR is half built
 
@@ -37,6 +38,7 @@ from PIL import Image
 FORMAT_VERSION = 1
 MANIFEST = "digits.json"
 SPLITS = ("train", "held_out")
+CAPTIONS, CAPTION_SAMPLES = "captions", 2000  # stage 1 takes few: it trains the projector alone
 HELD_OUT_SCANS = 360  # of 1,797, drawn with the same share of every digit
 FOLDER_SIZE = 1000
 
@@ -163,6 +165,11 @@ def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)]
 
 
+def caption(record: dict) -> dict:
+    """A training picture for stage 1: only the question and answer about the whole number."""
+    return record | {"id": f"caption-{record['id']}", "conversations": record["conversations"][:2]}
+
+
 def make_sample(split: str, index: int, seed: int, scans: Scans, pool: np.ndarray):
     """One sample, a pure function of its arguments.
 
@@ -224,7 +231,9 @@ def build(out: Path, train: int, held_out: int, seed: int, workers: int = 1) -> 
         jobs, show_progress(run(write_folder, jobs, workers), train + held_out), strict=True
     ):
         records[split] += folder
-    hashes = {f"{split}.json": write_records(out / f"{split}.json", records[split]) for split in SPLITS}
+    pictures = [record for record in records["train"] if "image" in record]
+    records[CAPTIONS] = [caption(record) for record in pictures[:CAPTION_SAMPLES]]
+    hashes = {f"{name}.json": write_records(out / f"{name}.json", records[name]) for name in records}
     write_atomically(out / MANIFEST, json.dumps({"asked": asked, "sha256": hashes}, indent=1, sort_keys=True) + "\n")
     return True
 

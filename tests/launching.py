@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def launch(script: str | Path, *args, processes: int = 2, timeout: int = 180, check: bool = True, config: str | None = None):
+def launch(
+    script: str | Path, *args, processes: int = 2, timeout: int = 180, check: bool = True, config: str | None = None
+):
     """Runs `accelerate launch script args` with `processes` CPU processes; returns the finished process.
 
     Args:

@@ -86,7 +86,7 @@ def test_another_seed_gives_other_pictures_and_another_split(scans, pools):
 
 def test_folder_holds_the_two_lists_the_pictures_and_the_manifest_only(folder, records):
     pictures = {"images/" + record["image"] for split in records for record in pictured(records[split])}
-    assert set(file_hashes(folder)) == pictures | {"train.json", "held_out.json", "digits.json"}
+    assert set(file_hashes(folder)) == pictures | {"train.json", "held_out.json", "captions.json", "digits.json"}
     folders = Counter(str(Path(picture).parent) for picture in pictures)
     assert set(folders) == {"images/train/000", "images/train/001", "images/train/002", "images/held_out/000"}
     assert max(folders.values()) <= 1000

@@ -31,7 +31,9 @@ def assert_same_gradients(model, reference, tolerance=TOLERANCE):
             # transformers runs no tower on text; ours runs it on a zero tile with weight 0
             assert gradient.abs().max() == 0, name
             continue
-        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert not {n for n, g in theirs.items() if g.abs().max() > 0}
 
 
@@ -193,9 +195,7 @@ def test_original_code_gives_the_same_loss_logits_and_gradient_norms(name):
         embeds = model.model.language_model.embed_tokens(batch.input_ids)
         features = model.image_features(batch.tiles)[batch.feature_index]
         embeds = embeds.index_copy(0, batch.image_positions, features)
-        logits = model.lm_head(
-            model.decode_segments(embeds, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-        )
+        logits = model.lm_head(model.decode_segments(embeds, batch.position_ids, batch.cu_seqlens, batch.max_seqlen))
     for (row, position), expected in zip(tensors["logit_positions"].tolist(), tensors["logits"], strict=True):
         torch.testing.assert_close(logits[starts[row] + position], expected, rtol=TOLERANCE, atol=TOLERANCE)
 

@@ -20,26 +20,26 @@ VOCABULARY = 128
 
 def tiny_config(**text_changes) -> LlavaNextConfig:
     """CLIP of 3 layers, Llama of 2 layers with grouped-query attention."""
-    text = dict(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        pad_token_id=0,
-    )
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=TILE,
-        patch_size=PATCH,
-        projection_dim=32,
-    )
+    text = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "projection_dim": 32,
+    }
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(**vision).to_dict(),
         text_config=LlamaConfig(**{**text, **text_changes}).to_dict(),

@@ -82,7 +82,10 @@ class Mixture:
         self.shuffle_shards = shuffle_shards
         self.storages = [Storage(path) for path, _, _ in sources]
         self.infos, self.indexes = zip(*(read_dataset(storage) for storage in self.storages), strict=True)
-        names = [name or PurePosixPath(storage.label).name for (_, name, _), storage in zip(sources, self.storages)]
+        names = [
+            name or PurePosixPath(storage.label).name
+            for (_, name, _), storage in zip(sources, self.storages, strict=True)
+        ]
         self.plan_sources = []
         for name, info, (_, _, repeat) in zip(names, self.infos, sources, strict=True):
             check_geometry(info, anyres, name)
@@ -118,7 +121,9 @@ class Mixture:
         return {
             "format": plan.PLAN_FORMAT,
             "plan_hash": plan.plan_hash(hashes, self.names, repeats, self.seed, self.batch_size, self.shuffle_shards),
-            "sources": {name: {"index": h, "repeat": r} for name, h, r in zip(self.names, hashes, repeats)},
+            "sources": {
+                name: {"index": h, "repeat": r} for name, h, r in zip(self.names, hashes, repeats, strict=True)
+            },
             "seed": self.seed,
             "batch_size": self.batch_size,
             "epochs": self.epochs,

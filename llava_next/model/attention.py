@@ -55,7 +55,9 @@ def _sdpa_per_segment(
     # than slices: the backward of a split is one concatenation, that of a slice a full-size buffer each.
     lengths = cu_seqlens.diff().tolist()
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)

@@ -162,7 +162,7 @@ def source_of_keys(config: LlavaNextConfig, vision: Part, llm: Part) -> dict[str
     shapes = {file_key(name): p.shape for name, p in model.named_parameters()}
     available: dict[str, tuple[Part, str]] = {}
     for part in (vision, llm):
-        for name in part.weights.keys():
+        for name in part.weights.names():
             available[_composed_key(part is vision, name)] = (part, name)
     new = {key for key in shapes if key.startswith(("multi_modal_projector.", "image_newline"))}
     missing = sorted(set(shapes) - set(available) - new)
@@ -223,7 +223,9 @@ def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight, mean.expand(missing, -1)])
 
 
-def write_companions(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, template: Template, out: Path) -> None:
+def write_companions(
+    config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, template: Template, out: Path
+) -> None:
     """Writes tokenizer, processor, chat template and generation config so that transformers 4.45 to 5.x read them."""
 
     def write_json(name: str, value: dict) -> None:

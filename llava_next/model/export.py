@@ -180,9 +180,7 @@ def write_config(config, folder: Path, dtype: torch.dtype) -> None:
     if "rope_theta" in rope:
         state["text_config"]["rope_theta"] = rope["rope_theta"]
         scaled = rope.get("rope_type", "default") != "default"
-        state["text_config"]["rope_scaling"] = (
-            {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
-        )
+        state["text_config"]["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
     state["architectures"] = ["LlavaNextForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
 

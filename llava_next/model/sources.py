@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,7 +70,7 @@ class CheckpointWeights:
                 return list(opened.keys())
         return list(torch.load(self.folder / file, map_location="meta", weights_only=True))
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names in the order of the files, so that reading them in turn opens each file once."""
         return sorted(self._file_of, key=lambda key: (self._file_of[key], key))
 
@@ -89,8 +89,9 @@ class CheckpointWeights:
 class RandomWeights:
     """Seeded random tensors with the names and shapes of an architecture.
 
-    Norms start at one, biases at zero, everything else is normal with the config's `initializer_range`. A tensor
-    depends on the seed and its name only, so files, order and machine do not change it.
+    Norms start at one, biases at zero, embeddings are normal with the config's `initializer_range`, and matrices and
+    convolutions normal with 1/sqrt(fan-in), which keeps activations near unit size at any width. A tensor depends on
+    the seed and its name only, so files, order and machine do not change it.
     """
 
     def __init__(self, shapes: dict[str, torch.Size], seed: int, std: float = 0.02):
@@ -109,8 +110,9 @@ class RandomWeights:
         }
         return cls(shapes, seed, getattr(config, "initializer_range", 0.02))
 
-    def keys(self) -> Iterator[str]:
-        return iter(self.shapes)
+    def names(self) -> list[str]:
+        """Names in the architecture's order."""
+        return list(self.shapes)
 
     def get(self, key: str) -> torch.Tensor:
         """One tensor, float32."""
@@ -119,7 +121,9 @@ class RandomWeights:
             return torch.zeros(shape)
         if len(shape) == 1 and key.endswith("weight"):
             return torch.ones(shape)
-        return torch.empty(shape).normal_(0.0, self.std, generator=seeded(self.seed, key))
+        is_embedding = len(shape) == 1 or any(name in key for name in ("embed_tokens", "position_embedding"))
+        std = self.std if is_embedding else shape[1:].numel() ** -0.5
+        return torch.empty(shape).normal_(0.0, std, generator=seeded(self.seed, key))
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

@@ -74,20 +74,27 @@ class StepCounts:
     truncated: int
     holes: int
     stop: bool
+    failed: bool
 
 
-def agree_on_step(micros: list[PackedBatch], batch_size: int, stop: bool) -> StepCounts:
-    """Sums what the ranks hold of a step: one message of B + 6 numbers."""
-    message = torch.zeros(batch_size + 6, dtype=torch.float64)
+def agree_on_step(micros: list[PackedBatch], batch_size: int, stop: bool, failed: bool = False) -> StepCounts:
+    """Sums what the ranks hold of a step: one message of B + 7 numbers.
+
+    Args:
+        micros: this rank's micro-batches.
+        stop: this rank was asked to stop.
+        failed: this rank could not get its data; then all ranks learn it here instead of waiting for it for ever.
+    """
+    message = torch.zeros(batch_size + 7, dtype=torch.float64)
     for batch in micros:
         if batch.slots:
             message[torch.tensor(batch.slots)] = torch.tensor(batch.supervised, dtype=torch.float64)
-        totals = (len(batch.slots), batch.num_tokens, batch.num_tiles, batch.num_truncated, len(batch.holes), 0)
+        totals = (len(batch.slots), batch.num_tokens, batch.num_tiles, batch.num_truncated, len(batch.holes), 0, 0)
         message[batch_size:] += torch.tensor(totals, dtype=torch.float64)
-    message[-1] = float(stop)
+    message[-2:] = torch.tensor([stop, failed], dtype=torch.float64)
     agree(message)
-    samples, tokens, tiles, truncated, holes, stops = (int(x) for x in message[batch_size:])
-    return StepCounts(message[:batch_size], samples, tokens, tiles, truncated, holes, stops > 0)
+    samples, tokens, tiles, truncated, holes, stops, failures = (int(x) for x in message[batch_size:])
+    return StepCounts(message[:batch_size], samples, tokens, tiles, truncated, holes, stops > 0, failures > 0)
 
 
 class Trainer:
@@ -152,15 +159,10 @@ class Trainer:
     def _step(self) -> tuple[dict, torch.Tensor, StepCounts]:
         """One optimizer step. Returns its record, device-side sums that belong to it, and the agreed counts."""
         begin = time.monotonic()
-        step, micros = next(self.steps)
-        if step != self.step:
-            raise RuntimeError(f"the loader gave step {step} where {self.step} was due")
+        micros, counts = self._next_micros()
         waited = time.monotonic() - begin
-        counts = agree_on_step(micros, self.config.data.batch_size, self.stop.asked)
         weights = slot_weights(counts.supervised, self.config.optim.loss_weighting)
-        rates = set_rates(
-            self.optimizer, rate_multiplier(self.step, self.total_steps, self.config.optim.warmup_ratio)
-        )
+        rates = set_rates(self.optimizer, rate_multiplier(self.step, self.total_steps, self.config.optim.warmup_ratio))
         sums = torch.zeros(1 + 2 * len(self.source_names), device=self.accelerator.device)
         for batch in micros:
             inputs = batch.weighted(weights).model_inputs(self.accelerator.device)
@@ -189,6 +191,26 @@ class Trainer:
             "step_s": time.monotonic() - begin,
         }
         return record, torch.cat([grad_norm.reshape(1).to(sums), sums]), counts
+
+    def _next_micros(self) -> tuple[list[PackedBatch], StepCounts]:
+        """This rank's micro-batches of the step, and what all ranks have of it.
+
+        Raises:
+            Exception: what the loader raised, here or (as RuntimeError) on another rank.
+        """
+        micros, error = [], None
+        try:
+            step, micros = next(self.steps)
+            if step != self.step:
+                raise RuntimeError(f"the loader gave step {step} where {self.step} was due")
+        except Exception as caught:
+            error = caught
+        counts = agree_on_step(micros, self.config.data.batch_size, self.stop.asked, failed=error is not None)
+        if error is not None:
+            raise error
+        if counts.failed:
+            raise RuntimeError("another rank could not load its data; its own message says what and where")
+        return micros, counts
 
     def _clip(self) -> torch.Tensor:
         limit = self.config.optim.max_grad_norm

@@ -19,7 +19,7 @@ class JsonLines:
     """Appends JSON objects to a file, one a line, each flushed: a killed run loses none."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, record: dict) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -61,7 +61,7 @@ class Progress:
 def console_line(record: dict, progress: Progress) -> str:
     """The step as one line of text."""
     return (
-        f"step {progress.done}/{progress.total}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  "
+        f"step {record['step']}/{progress.total}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  "
         f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
         f"data {100 * record['data_wait_s'] / max(record['step_s'], 1e-9):.0f} %  ETA {progress.eta}"
     )

@@ -67,9 +67,7 @@ def _force_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
-def shard(
-    accelerator: Accelerator, model: nn.Module, optimizer_of
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+def shard(accelerator: Accelerator, model: nn.Module, optimizer_of) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Shards the model by FSDP2 and builds its optimizer.
 
     Args:

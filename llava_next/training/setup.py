@@ -41,11 +41,13 @@ def load_parts(config: RunConfig) -> Parts:
     """
     folder = Path(config.model)
     if not (folder / "config.json").exists():
-        raise ValueError(f"model: {folder} has no config.json; make it with scripts/compose.py, or give stage 1's model/")
+        raise ValueError(
+            f"model: {folder} has no config.json; make it with scripts/compose.py, or give stage 1's model/"
+        )
     model_config = AutoConfig.from_pretrained(folder)
     if model_config.model_type != "llava_next":
         raise ValueError(
-            f"model: {folder} is a {model_config.model_type!r} checkpoint; scripts/compose.py makes a LLaVA-NeXT one of it"
+            f"model: {folder} is a {model_config.model_type!r} checkpoint; scripts/compose.py makes a LLaVA-NeXT of it"
         )
     template = get_template(config.data.template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -96,10 +98,16 @@ def plan_banner(config: RunConfig, parts: Parts, mixture: Mixture, world: int) -
     lines = [f"model      {config.model}: {parts.model_config.text_config.model_type} + "
              f"{parts.model_config.vision_config.model_type}, template {config.data.template}"]  # fmt: skip
     for module, trainable, total, rate in trainable_table(model, config.optim.rates):
-        state = f"{trainable:>14,} of {total:>14,} parameters at {rate:g}" if trainable else f"{'frozen':>14} {total:>17,} parameters"
+        state = (
+            f"{trainable:>14,} of {total:>14,} parameters at {rate:g}"
+            if trainable
+            else f"{'frozen':>14} {total:>17,} parameters"
+        )
         lines.append(f"  {module:<9}{state}")
     for source, storage in zip(mixture.plan_sources, mixture.storages, strict=True):
-        lines.append(f"data       {source.name}: {source.num_samples:,} samples x {source.repeat:g} from {storage.label}")
+        lines.append(
+            f"data       {source.name}: {source.num_samples:,} samples x {source.repeat:g} from {storage.label}"
+        )
     exact = "exact" if mixture.exact_lengths else "estimated from bytes"
     lines.append(f"  lengths  {exact}; {mixture.num_too_long:,} samples longer than {config.data.max_length:,} tokens")
     total, warmup = mixture.total_steps, warmup_steps(mixture.total_steps, config.optim.warmup_ratio)
@@ -128,9 +136,7 @@ def dealing_line(config: RunConfig, mixture: Mixture, world: int) -> str:
     )
 
 
-def build_model(
-    config: RunConfig, accelerator: Accelerator
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Loads the weights, freezes what has no rate, shards, and makes the optimizer over the shards."""
     transformers_logging.disable_progress_bar()
     dtype = torch.float32 if accelerator.mixed_precision == "no" else "auto"

@@ -39,7 +39,7 @@ def main(folder: str, out: str, *frozen: str) -> None:
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
     freeze(model, rates)
-    model, optimizer = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0))
+    model, _ = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0))
     micros = micro_batches(accelerator.process_index, accelerator.num_processes)
     counts = agree_on_step(micros, len(SAMPLES), stop=False)
     weights = slot_weights(counts.supervised, "token")

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# From a bare machine to a trained, exported and answering model: real scanned digits, both stages, FSDP2 on two
+# processes (CPU: gloo; with GPUs: all of them). Needs Python 3.10+ and, for the installation only, a package index.
+# Finished parts are reused when it runs again; `rm -r demo` starts over. QUICKSTART_DIR: another folder than demo/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+demo=${QUICKSTART_DIR:-demo}
+python=.venv/bin/python
+recipes=scripts/recipes/digits
+began=$SECONDS
+
+part() { # part NAME COMMAND...: runs a part and keeps its time
+    local name=$1 start=$SECONDS
+    shift
+    echo; echo "== $name"
+    "$@"
+    times+="$(printf '%-12s %4d s' "$name" $((SECONDS - start)))"$'\n'
+}
+
+make_data() { $python data_tools/make_digits.py --out "$demo/digits" --train 24000 --held_out 500 --seed 0 --workers "$cores"; }
+
+compose_model() {
+    if [ -f "$demo/base/config.json" ]; then echo "$demo/base is there already"; return; fi
+    rm -rf "$demo/base"
+    $python scripts/compose.py --demo "$demo/digits/train.json" --template mistral --out "$demo/base"
+}
+
+build_shards() {
+    local name
+    for name in captions train; do
+        $python data_tools/build_shards.py --json "$demo/digits/$name.json" --images "$demo/digits/images" \
+            --out "$demo/shards/$name" --tile_size 32 --patch_size 16 --pinpoints 64x32,32x64,64x64,32x96,96x32 \
+            --codec webp --workers "$cores"
+    done
+}
+
+launch() { # launch SCRIPT RUN_DIR ARGUMENTS...: one stage, unless its result is there
+    local script=$1 run=$2
+    shift 2
+    if [ -f "$run/model/config.json" ]; then echo "$run/model is there already"; return; fi
+    $python -m accelerate.commands.launch --config_file "$config" "${processes[@]}" "$script" --run_dir "$run" "$@"
+}
+
+times=""
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+part install prepare_environment train,demo
+export HF_HUB_OFFLINE=1 # from here on nothing is fetched
+
+gpus=$($python -c 'import torch; print(torch.cuda.device_count())')
+config=accelerate_configs/cpu2_fsdp.yaml processes=()
+[ "$gpus" -gt 0 ] && config=accelerate_configs/h100x8_fsdp.yaml processes=(--num_processes "$gpus")
+echo "running on $([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "$cores CPU core(s), two processes")"
+
+part data make_data
+part compose compose_model
+part shards build_shards
+part stage-1 launch scripts/pretrain.py "$demo/pretrain" --config $recipes/pretrain.yaml \
+    --model "$demo/base" --data.sources "$demo/shards/captions"
+part stage-2 launch scripts/finetune.py "$demo/finetune" --config $recipes/finetune.yaml \
+    --model "$demo/pretrain/model" --data.sources "$demo/shards/train"
+part answers $python scripts/evaluate.py --model "$demo/finetune/model" --json "$demo/digits/held_out.json" \
+    --images "$demo/digits/images" --show 8 --out "$demo/answers.json"
+
+echo; printf '%s' "$times"; printf '%-12s %4d s\n' total $((SECONDS - began))

@@ -1,0 +1,264 @@
+"""Schedule, loss weighting, configuration, and whole runs: launched, stopped, resumed, exported, loaded."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import build_shards
+import evaluate
+import finetune
+import make_digits
+import numpy as np
+import pytest
+import torch
+from launching import ROOT, launch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava_next.model.compose import compose, random_part
+from llava_next.model.dry import DEMO_PINPOINTS, corpus_texts, demo_configs, train_tokenizer
+from llava_next.model.export import save_model
+from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.checkpoint import checkpoint_to_resume, complete_checkpoints
+from llava_next.training.config import parse_run, save_run
+from llava_next.training.loop import slot_weights
+from llava_next.training.optim import rate_multiplier, warmup_steps
+
+SAMPLES, BATCH = 96, 16
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Digits, shards and the demo model, all small: folder with digits/, shards/ and base/."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_digits.build(folder / "digits", train=SAMPLES, held_out=4, seed=0)
+    arguments = [
+        "--json",
+        folder / "digits/train.json",
+        "--images",
+        folder / "digits/images",
+        "--out",
+        folder / "shards",
+    ]
+    geometry = ["--tile_size", 32, "--patch_size", 16, "--pinpoints", "64x32,32x64,64x64,32x96,96x32"]
+    build_shards.main(
+        [str(a) for a in [*arguments, *geometry, "--workers", 0, "--shard_samples", 20, "--codec", "webp"]]
+    )
+    compose_demo(folder / "base", folder / "digits/train.json")
+    return folder
+
+
+def compose_demo(out: Path, samples: Path, template: str = "mistral") -> Path:
+    vision, llm = demo_configs()
+    tokenizer = train_tokenizer(corpus_texts(json.loads(samples.read_text()), template), vocab_size=400)
+    return compose(
+        random_part(vision, 0), random_part(llm, 0), tokenizer, template, out, DEMO_PINPOINTS, dtype=torch.float32
+    )
+
+
+def run_stage(demo, run, *options, processes=2, check=True):
+    """One launched run of scripts/finetune.py on the demo data; returns the process and its metrics."""
+    arguments = [
+        *("--config", ROOT / "scripts/recipes/digits/finetune.yaml", "--run_dir", run),
+        *("--model", demo / "base", "--data.sources", demo / "shards"),
+        *("--data.batch_size", BATCH, "--data.num_workers", 0, "--data.max_length", 300, "--log_every", 1),
+    ]
+    done = launch("scripts/finetune.py", *arguments, *options, processes=processes, check=check)
+    path = run / "metrics.jsonl"
+    return done, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def straight_run(demo, tmp_path_factory):
+    """All 6 steps in one go on 2 ranks: run folder and metrics."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    return run, run_stage(demo, run)[1]
+
+
+def test_schedule_equals_the_original_at_every_recorded_step():
+    golden = json.loads((Path(__file__).parent / "data" / "schedule.json").read_text())["schedules"]
+    assert len(golden) == 2
+    for schedule in golden:
+        total, ratio = schedule["total_steps"], schedule["warmup_ratio"]
+        assert warmup_steps(total, ratio) == schedule["warmup_steps"]
+        for step, value in schedule["multipliers"]:
+            assert rate_multiplier(step, total, ratio) == float(value)
+
+
+def test_slot_weights_sum_to_one_and_follow_their_definition():
+    supervised = torch.tensor([3, 0, 5, 2, 1, 1, 1, 1, 4, 6], dtype=torch.float64)  # groups: slots 0-7 and 8-9
+    for weighting in ("token", "sample", "micro_batch_mean"):
+        assert (slot_weights(supervised, weighting).double() * supervised).sum() == pytest.approx(1, abs=1e-6)
+    assert slot_weights(supervised, "token")[2] == pytest.approx(1 / 24)
+    assert slot_weights(supervised, "sample")[2] == pytest.approx(1 / 5 / 9)
+    assert slot_weights(supervised, "micro_batch_mean")[2] == pytest.approx(1 / 14 / 2)
+    assert slot_weights(supervised, "micro_batch_mean")[9] == pytest.approx(1 / 10 / 2)
+    assert slot_weights(torch.zeros(4, dtype=torch.float64), "token").sum() == 0
+
+
+def test_run_trains_on_every_sample_and_its_loss_falls(straight_run):
+    _, metrics = straight_run
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert sum(m["samples"] for m in metrics) == SAMPLES and sum(m["holes"] for m in metrics) == 0
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+
+
+def test_resume_is_bit_exact_at_the_same_world_size(demo, straight_run, tmp_path):
+    run = tmp_path / "run"
+    run_stage(demo, run, "--max_steps", 3)
+    assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step-00000003"]
+    _, metrics = run_stage(demo, run)
+    _, straight = straight_run
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(metrics, straight, strict=True):
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+    reference, resumed = (
+        LlavaNextForConditionalGeneration.from_pretrained(r / "model").state_dict() for r in (straight_run[0], run)
+    )
+    assert all(torch.equal(reference[k], resumed[k]) for k in reference)
+
+
+def test_world_size_and_token_budget_do_not_change_the_run(demo, straight_run, tmp_path):
+    _, one_rank = run_stage(demo, tmp_path / "run", "--data.token_budget", 400, processes=1)
+    _, straight = straight_run
+    assert max(m["micro_batches"] for m in one_rank) > max(m["micro_batches"] for m in straight)
+    for ours, theirs in zip(one_rank, straight, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["supervised"] == theirs["supervised"]
+
+
+def test_exported_model_loads_in_stock_transformers_and_answers(demo, straight_run):
+    folder = straight_run[0] / "model"
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert type(model).__module__.startswith("transformers.")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.dtype == torch.bfloat16
+    processor = AutoProcessor.from_pretrained(folder)
+    sample = json.loads((demo / "digits/held_out.json").read_text())[0]
+    answers = evaluate.ask(model.eval(), processor, [sample], demo / "digits/images", max_new_tokens=4)
+    assert len(answers) == 1 and isinstance(answers[0], str)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_gives_bit_equal_logits_in_the_dtype_written(demo, tmp_path, dtype):
+    ours = LlavaNextForConditionalGeneration.from_pretrained(demo / "base", dtype=dtype)
+    save_model(ours, tmp_path / "model", demo / "base", dtype=dtype)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype="auto")
+    assert stock.dtype == dtype
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    picture = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    inputs = processor(images=picture, text="[INST] <image>\nWhat number is written? [/INST]", return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
+
+
+def test_composing_twice_gives_the_same_bytes(demo, tmp_path):
+    again = compose_demo(tmp_path / "base", demo / "digits/train.json")
+    assert (again / "model.safetensors").read_bytes() == (demo / "base/model.safetensors").read_bytes()
+    assert (again / "config.json").read_bytes() == (demo / "base/config.json").read_bytes()
+
+
+def test_saved_configuration_reads_back_to_the_same_run(tmp_path):
+    config, _ = parse_run(["--model", "m", "--run_dir", "r", "--data.sources", "[a, {path: b, repeat: 0.5}]"])
+    save_run(config, tmp_path / "config.yaml")
+    assert parse_run(["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+GOOD = {"--model": "base", "--data.sources": "shards", "--run_dir": "run", "--data.template": "mistral"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"--data.sorces": "x"}, "data.sorces"),
+        ({"--data.batch_size": "many"}, "data.batch_size"),
+        ({"--data.token_budget": "100"}, "data.token_budget: 100 is smaller than data.max_length"),
+        ({"--data.sources": "digits"}, "has no dataset.json"),
+        ({"--data.sources": "nowhere"}, "has no dataset.json"),
+        ({"--data.template": "vicuna_v1"}, "is not the chat template saved in"),
+        ({"--data.template": "vicuna"}, "no template 'vicuna'"),
+        ({"--model": "digits"}, "has no config.json"),
+        ({"--model": "other_tower"}, "was cut for another model"),
+        ({"--checkpoint.resume": "digits"}, "is not a complete checkpoint"),
+        ({}, "accelerate launch"),
+    ],
+    ids=lambda value: next(iter(value), "not launched") if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_error_that_names_it_before_anything_loads(
+    demo, tmp_path, monkeypatch, capsys, changes, expected
+):
+    monkeypatch.chdir(demo)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    if changes.get("--model") == "other_tower" and not Path("other_tower").exists():
+        shutil.copytree("base", "other_tower")
+        config = json.loads(Path("other_tower/config.json").read_text())
+        config["vision_config"]["patch_size"] = 8
+        Path("other_tower/config.json").write_text(json.dumps(config))
+    options = {**GOOD, "--run_dir": str(tmp_path / "run"), **changes}
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *(x for pair in options.items() for x in pair)])
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(None)
+    message = f"{stopped.value} {capsys.readouterr().err}"
+    assert expected in message and "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_key_in_a_recipe_file_is_named(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("data:\n  max_lenght: 3\n")
+    with pytest.raises(SystemExit):
+        parse_run(["--config", str(tmp_path / "recipe.yaml")])
+    assert "max_lenght" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(demo, tmp_path, monkeypatch, capsys):
+    options = {**GOOD, "--run_dir": str(tmp_path / "run"), "--data.batch_size": "16"}
+    monkeypatch.chdir(demo)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--dry_run", *(x for pair in options.items() for x in pair)])
+    finetune.main(None)
+    out = capsys.readouterr().out
+    assert "steps      6 of 16 samples, 1 warm-up" in out and "llm" in out and f"{SAMPLES} samples x 1" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_sample_becomes_a_hole_and_the_run_goes_on(demo, tmp_path):
+    """A strip that no longer decodes, checksums made to match: left out, written down, equal on all ranks."""
+    from llava_next.data.index import read_dataset, write_dataset
+    from llava_next.data.shards import ShardFile, StripInfo, read_sample
+    from llava_next.data.storage import Storage
+
+    info, index = read_dataset(demo / "shards")
+    storage, folder, parts = Storage(demo / "shards"), tmp_path / "shards", []
+    folder.mkdir()
+    with ShardFile(folder / "shard-000000.tar") as shard:
+        for row in range(len(index)):
+            where = index.locate(row)
+            data = storage.read_range(info.shards[where.shard].name, where.offset, where.nbytes)
+            sample = read_sample(data, where.key)
+            if row == 7:
+                broken = StripInfo(**{**vars(sample.images[0]), "data": b"no picture"})
+                sample = type(sample)(**{**vars(sample), "images": [broken]})
+            shard.write(sample)
+    parts.append((shard.info, shard.rows))
+    write_dataset(folder, info.anyres, info.codec, parts)
+    _, metrics = run_stage(demo, tmp_path / "run", "--data.sources", folder)
+    assert sum(m["holes"] for m in metrics) == 1 and sum(m["samples"] for m in metrics) == SAMPLES - 1
+    lines = [json.loads(line) for p in (tmp_path / "run").glob("skipped*.jsonl") for line in p.read_text().splitlines()]
+    assert len(lines) == 1 and lines[0]["sample_id"] == 7 and "does not decode" in lines[0]["reason"]
+
+
+def test_changed_shard_ends_the_run_on_all_ranks_and_names_the_bytes(demo, tmp_path):
+    shutil.copytree(demo / "shards", tmp_path / "shards")
+    shard = tmp_path / "shards" / "shard-000002.tar"
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
+    done, _ = run_stage(demo, tmp_path / "run", "--data.sources", tmp_path / "shards", check=False)
+    assert done.returncode != 0
+    assert "shard-000002.tar, bytes" in done.stderr and "checksum differs" in done.stderr
+    assert "another rank could not load its data" in done.stderr
+
+
+def test_resume_never_refuses_a_run_folder_with_checkpoints(straight_run):
+    with pytest.raises(ValueError, match="step-00000006"):
+        checkpoint_to_resume(straight_run[0] / "checkpoints", "never")
