@@ -27,12 +27,12 @@ def main(default_recipe: Path) -> None:
         config, dry_run = parse_run(default_recipe=default_recipe)
         parts = load_parts(config)
         mixture = open_mixture(config, parts)
-        if not dry_run:
-            require_fsdp2_launch()
         checkpoint = checkpoint_to_resume(Path(config.run_dir) / "checkpoints", config.checkpoint.resume)
         state = read_manifest(checkpoint)["state"] if checkpoint else {"step": 0, "counters": {}}
         if checkpoint:
             mixture.check_state(state)
+        if not dry_run:
+            require_fsdp2_launch()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -16,22 +16,24 @@ DEMO_PINPOINTS = ((64, 32), (32, 64), (64, 64), (32, 96), (96, 32))
 def demo_configs() -> tuple[PretrainedConfig, PretrainedConfig]:
     """A CLIP tower and a Llama small enough to learn reading on a laptop's CPU in minutes (2 M parameters)."""
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=16,
-        projection_dim=96,
-    )
-    llm = LlamaConfig(
-        vocab_size=512,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
+        image_size=32,
+        patch_size=16,
+        projection_dim=128,
+        initializer_range=0.5,
+    )
+    llm = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
+        initializer_range=0.5,
     )
     return vision, llm
 
@@ -63,6 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def corpus_texts(samples: list[dict], template_name: str) -> list[str]:
     """The strings of a LLaVA JSON file's conversations plus the template's own words, to train a tokenizer on."""
+    template = get_template(template_name)
+    frame = " ".join((template.system, *template.user, template.header, *template.answer))
     texts = [turn["value"] for sample in samples for turn in sample["conversations"]]
-    # as often as the samples: the system prompt is in every one of them
-    return texts + [get_template(template_name).system] * len(samples)
+    return texts + [frame] * len(samples)  # the template's words are in every sample

@@ -149,7 +149,7 @@ def parse_run(args: list[str] | None = None, default_recipe: Path | None = None)
     args = sys.argv[1:] if args is None else args
     names_a_recipe = any(a == "--config" or a.startswith("--config=") for a in args)
     parser = run_parser(None if names_a_recipe else default_recipe)
-    values = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    values = parser.instantiate(parser.parse_args(args)).as_dict()
     values.pop("config", None)
     dry_run = values.pop("dry_run")
     config = RunConfig(**values)
