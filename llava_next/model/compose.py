@@ -6,7 +6,6 @@ newline, vocabulary rows) is seeded.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from transformers import (
 )
 
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
+from llava_next.model.companions import write_companions
 from llava_next.model.export import MAX_FILE_BYTES, file_key, write_config, write_weights
 from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration
 from llava_next.model.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
-from llava_next.templates import IMAGE_TOKEN, Template, get_template
+from llava_next.templates import IMAGE_TOKEN, get_template
 
 LLM_KINDS = ("llama", "qwen2", "mistral")
 VOCABULARY_MULTIPLE = 64  # rows of embedding and head are padded to this, as in the published checkpoints
@@ -221,68 +221,6 @@ def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
         return weight
     mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(missing, -1)])
-
-
-def write_companions(
-    config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, template: Template, out: Path
-) -> None:
-    """Writes tokenizer, processor, chat template and generation config so that transformers 4.45 to 5.x read them."""
-
-    def write_json(name: str, value: dict) -> None:
-        (out / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-    tokenizer.save_pretrained(out)
-    tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
-    # transformers 5 writes a class name that 4.x refuses; this one both know
-    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer_config["chat_template"] = template.jinja
-    tokenizer_config["processor_class"] = "LlavaNextProcessor"
-    write_json("tokenizer_config.json", tokenizer_config)
-    (out / "chat_template.jinja").write_text(template.jinja)
-    write_json("chat_template.json", {"chat_template": template.jinja})
-    write_json("preprocessor_config.json", image_processor_config(config))
-    write_json(
-        "processor_config.json",
-        {
-            "processor_class": "LlavaNextProcessor",
-            "image_token": IMAGE_TOKEN,
-            "patch_size": config.vision_config.patch_size,
-            "vision_feature_select_strategy": config.vision_feature_select_strategy,
-            "num_additional_image_tokens": int(config.vision_feature_select_strategy == "default"),
-        },
-    )
-    write_json(
-        "generation_config.json",
-        {
-            "do_sample": False,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-    )
-
-
-def image_processor_config(config: LlavaNextConfig) -> dict:
-    """preprocessor_config.json: the tower's size and normalisation, and the model's pinpoints."""
-    size = config.vision_config.image_size
-    mean, std = NORMALISATION[config.vision_config.model_type]
-    return {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "processor_class": "LlavaNextProcessor",
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "image_grid_pinpoints": config.image_grid_pinpoints,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "do_resize": True,
-        "do_center_crop": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "do_pad": True,
-        "do_convert_rgb": True,
-    }
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -20,24 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from llava_next.model.companions import copy_companions
+
 INDEX_NAME = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
-
-# Everything beside weights and config that belongs to a model folder; copied from the folder training started with.
-COMPANION_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def file_key(name: str) -> str:
@@ -183,11 +169,3 @@ def write_config(config, folder: Path, dtype: torch.dtype) -> None:
         state["text_config"]["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
     state["architectures"] = ["LlavaNextForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
-
-
-def copy_companions(source: str | Path, folder: Path) -> None:
-    """Copies tokenizer, processor, template and generation files from one model folder to another."""
-    for name in COMPANION_FILES:
-        path = Path(source) / name
-        if path.exists():
-            shutil.copyfile(path, folder / name)

@@ -1,0 +1,101 @@
+"""The files of a model folder beside weights and config.json: tokenizer, processor, chat template, generation config.
+
+Written so that transformers 4.45 to 5.x, vLLM and evaluation kits read them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import LlavaNextConfig, PreTrainedTokenizerBase
+
+from llava_next.model.modeling import NORMALISATION
+from llava_next.templates import IMAGE_TOKEN, Template
+
+# Everything beside weights and config that belongs to a model folder; copied from the folder training started with.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def write_companions(
+    config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, template: Template, out: Path
+) -> None:
+    """Writes tokenizer, processor, chat template and generation config so that transformers 4.45 to 5.x read them."""
+
+    def write_json(name: str, value: dict) -> None:
+        (out / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    tokenizer.save_pretrained(out)
+    tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
+    # transformers 5 writes a class name that 4.x refuses; this one both know
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer_config["chat_template"] = template.jinja
+    tokenizer_config["processor_class"] = "LlavaNextProcessor"
+    write_json("tokenizer_config.json", tokenizer_config)
+    (out / "chat_template.jinja").write_text(template.jinja)
+    write_json("chat_template.json", {"chat_template": template.jinja})
+    write_json("preprocessor_config.json", image_processor_config(config))
+    write_json(
+        "processor_config.json",
+        {
+            "processor_class": "LlavaNextProcessor",
+            "image_token": IMAGE_TOKEN,
+            "patch_size": config.vision_config.patch_size,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "num_additional_image_tokens": int(config.vision_feature_select_strategy == "default"),
+        },
+    )
+    write_json(
+        "generation_config.json",
+        {
+            "do_sample": False,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+
+
+def image_processor_config(config: LlavaNextConfig) -> dict:
+    """preprocessor_config.json: the tower's size and normalisation, and the model's pinpoints."""
+    size = config.vision_config.image_size
+    mean, std = NORMALISATION[config.vision_config.model_type]
+    return {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "processor_class": "LlavaNextProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_convert_rgb": True,
+    }
+
+
+def copy_companions(source: str | Path, folder: Path) -> None:
+    """Copies tokenizer, processor, template and generation files from one model folder to another."""
+    for name in COMPANION_FILES:
+        path = Path(source) / name
+        if path.exists():
+            shutil.copyfile(path, folder / name)
