@@ -7,13 +7,14 @@ nothing of this project runs the model.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--out", help="JSON file for score and answers")
+    parser.add_argument("--sheet", help="PNG file: the first pictures with the model's answers under them")
     args = parser.parse_args()
 
     logging.disable_progress_bar()
@@ -55,6 +57,9 @@ def main() -> None:
         mark = "ok   " if r["answer"] == r["right"] else "WRONG"
         print(f"{mark} {r['image']}  {r['question']}  model: {r['answer']!r}  right: {r['right']!r}")
     print(f"exact match: {correct}/{len(results)} = {100 * correct / max(1, len(results)):.1f} %  ({args.model})")
+    if args.sheet:
+        draw_sheet(results[:40], Path(args.images)).save(args.sheet)
+        print(f"pictures with answers: {args.sheet}")
     if args.out:
         Path(args.out).write_text(json.dumps({"exact": correct, "of": len(results), "results": results}, indent=1))
 
@@ -63,6 +68,21 @@ def first_turn(sample: dict) -> tuple[str, str]:
     """First question, without its image placeholder, and its answer."""
     turn = read_turns(sample["conversations"])[0]
     return turn.question.replace(IMAGE_TOKEN, "").strip(), turn.answer.strip()
+
+
+def draw_sheet(results: list[dict], images: Path, columns: int = 8, cell: int = 120) -> Image.Image:
+    """Pictures in a grid, each with the answer under it: green when exact, red with the right one when not."""
+    rows = math.ceil(len(results) / columns)
+    sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, result in enumerate(results):
+        x, y = number % columns * cell, number // columns * cell
+        picture = ImageOps.contain(Image.open(images / result["image"]).convert("RGB"), (cell - 12, cell - 36))
+        sheet.paste(picture, (x + 6, y + 6))
+        exact = result["answer"] == result["right"]
+        text = result["answer"] if exact else f"{result['answer']} (right: {result['right']})"
+        draw.text((x + 6, y + cell - 24), text, fill="green" if exact else "red")
+    return sheet
 
 
 @torch.inference_mode()

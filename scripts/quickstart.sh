@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 demo=${QUICKSTART_DIR:-demo}
+# canvases of AnyRes, height x width in pixels; 32x32 alone switches the grid off
+pinpoints=${QUICKSTART_PINPOINTS:-64x32,32x64,64x64,32x96,96x32}
 python=.venv/bin/python
 recipes=scripts/recipes/digits
 began=$SECONDS
@@ -24,14 +26,16 @@ make_data() { $python data_tools/make_digits.py --out "$demo/digits" --train 240
 compose_model() {
     if [ -f "$demo/base/config.json" ]; then echo "$demo/base is there already"; return; fi
     rm -rf "$demo/base"
-    $python scripts/compose.py --demo "$demo/digits/train.json" --template mistral --out "$demo/base"
+    # 64x32,32x64 -> [[64,32],[32,64]]
+    local list="[$(sed -E 's/([0-9]+)x([0-9]+)/[\1,\2]/g' <<< "$pinpoints")]"
+    $python scripts/compose.py --demo "$demo/digits/train.json" --template mistral --pinpoints "$list" --out "$demo/base"
 }
 
 build_shards() {
     local name
     for name in captions train; do
         $python data_tools/build_shards.py --json "$demo/digits/$name.json" --images "$demo/digits/images" \
-            --out "$demo/shards/$name" --tile_size 32 --patch_size 16 --pinpoints 64x32,32x64,64x64,32x96,96x32 \
+            --out "$demo/shards/$name" --tile_size 32 --patch_size 16 --pinpoints "$pinpoints" \
             --codec webp --workers "$cores"
     done
 }
@@ -63,6 +67,6 @@ part stage-1 launch scripts/pretrain.py "$demo/pretrain" --config $recipes/pretr
 part stage-2 launch scripts/finetune.py "$demo/finetune" --config $recipes/finetune.yaml \
     --model "$demo/pretrain/model" --data.sources "$demo/shards/train"
 part answers $python scripts/evaluate.py --model "$demo/finetune/model" --json "$demo/digits/held_out.json" \
-    --images "$demo/digits/images" --show 8 --out "$demo/answers.json"
+    --images "$demo/digits/images" --show 8 --out "$demo/answers.json" --sheet "$demo/answers.png"
 
 echo; printf '%s' "$times"; printf '%-12s %4d s\n' total $((SECONDS - began))

@@ -31,7 +31,14 @@ SAMPLES, BATCH = 96, 16
 def demo(tmp_path_factory):
     """Digits, shards and the demo model, all small: folder with digits/, shards/ and base/."""
     folder = tmp_path_factory.mktemp("demo")
-    make_digits.build(folder / "digits", train=SAMPLES, held_out=4, seed=0)
+    build_demo(folder, SAMPLES)
+    compose_demo(folder / "base", folder / "digits/train.json")
+    return folder
+
+
+def build_demo(folder: Path, samples: int) -> None:
+    """folder/digits and folder/shards."""
+    make_digits.build(folder / "digits", train=samples, held_out=4, seed=0)
     arguments = [
         "--json",
         folder / "digits/train.json",
@@ -44,8 +51,6 @@ def demo(tmp_path_factory):
     build_shards.main(
         [str(a) for a in [*arguments, *geometry, "--workers", 0, "--shard_samples", 20, "--codec", "webp"]]
     )
-    compose_demo(folder / "base", folder / "digits/train.json")
-    return folder
 
 
 def compose_demo(out: Path, samples: Path, template: str = "mistral") -> Path:

@@ -1,0 +1,109 @@
+"""From plan to packed batches: order, resuming, packing, and what a batch holds."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import build_demo, compose_demo
+from tiny import ANYRES, pack_tiny, random_samples
+
+from llava_next.data.encode import Encoder
+from llava_next.data.loader import Mixture, build_loader, steps
+from llava_next.training.setup import load_parts
+
+BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """80 samples in 4 shards, the plan over them, and the encoder of the demo model."""
+    folder = tmp_path_factory.mktemp("loader")
+    build_demo(folder, samples=80)
+    compose_demo(folder / "base", folder / "digits/train.json")
+    data = SimpleNamespace(template="mistral", max_length=300)
+    parts = load_parts(SimpleNamespace(model=str(folder / "base"), data=data))
+    return folder, parts.encoder
+
+
+def mixture(folder, encoder, **changes) -> Mixture:
+    options = {"batch_size": BATCH, "max_length": 300, **changes}
+    return Mixture([(str(folder / "shards"), None, 1.0)], encoder.anyres, **options)
+
+
+def stream(folder, encoder, world=1, start_step=0, num_workers=0, token_budget=2000, **changes):
+    """[(step, sample ids in slot order)] over all ranks."""
+    plan = mixture(folder, encoder, **changes)
+    seen = {}
+    for rank in range(world):
+        loader = build_loader(plan, encoder, rank, world, token_budget, 100, start_step, num_workers)
+        for step, micros in steps(loader):
+            pairs = [pair for batch in micros for pair in zip(batch.slots, batch.sample_ids, strict=True)]
+            seen.setdefault(step, []).extend(pairs)
+    return [(step, [i for _, i in sorted(pairs)]) for step, pairs in sorted(seen.items())]
+
+
+def test_sample_ids_are_the_same_for_any_world_size_budget_and_workers(demo):
+    reference = stream(*demo)
+    assert len(reference) == 5 and sorted(i for _, ids in reference for i in ids) == list(range(80))
+    assert stream(*demo, world=2) == reference
+    assert stream(*demo, world=3, token_budget=300) == reference
+    assert stream(*demo, num_workers=2) == reference
+
+
+def test_resumed_stream_is_the_tail_of_the_whole_one(demo):
+    assert stream(*demo, start_step=3) == stream(*demo)[3:]
+
+
+def test_every_epoch_has_every_sample_once_in_its_own_order(demo):
+    two = stream(*demo, epochs=2)
+    first, second = ([i for _, ids in two[k : k + 5] for i in ids] for k in (0, 5))
+    assert len(two) == 10 and sorted(first) == sorted(second) == list(range(80)) and first != second
+
+
+def test_resuming_under_another_plan_is_refused_and_names_the_difference(demo):
+    state = mixture(*demo).state()
+    mixture(*demo).check_state(state)
+    with pytest.raises(ValueError, match="seed: 42 -> 43"):
+        mixture(*demo, seed=43).check_state(state)
+    with pytest.raises(ValueError, match="batch_size: 16 -> 8"):
+        mixture(*demo, batch_size=8).check_state(state)
+
+
+def test_long_sample_is_cut_at_the_end_with_its_features(demo):
+    folder, encoder = demo
+    short = Encoder(encoder.template, encoder.tokenizer, encoder.image_token_id, encoder.anyres, max_length=12)
+    for batch in build_loader(mixture(folder, encoder), short, 0, 1, 2000, 100, num_workers=0):
+        assert batch.max_seqlen <= 12 and batch.num_truncated > 0
+        assert len(batch.feature_index) == len(batch.image_positions)
+        assert (batch.input_ids[batch.image_positions] == encoder.image_token_id).all()
+
+
+def test_packed_fields_agree_with_each_other():
+    samples = random_samples(0, 9)
+    batch = pack_tiny([e for e, _ in samples])
+    lengths = batch.cu_seqlens.diff()
+    assert lengths.tolist() == [len(e.input_ids) for e, _ in samples] and batch.max_seqlen == lengths.max()
+    assert batch.position_ids.tolist() == [p for n in lengths.tolist() for p in range(n)]
+    patches = ANYRES.patches_per_tile  # the last patches of the last tile may be padding
+    assert (batch.num_tiles - 1) * patches < batch.feature_index.max() <= batch.num_tiles * patches
+    starts = set(batch.cu_seqlens.tolist())
+    assert not starts & {p + 1 for p in batch.target_positions.tolist()}  # no segment's first token is a target
+    labels = np.concatenate([e.labels for e, _ in samples])
+    assert batch.target_ids.tolist() == labels[batch.target_positions.numpy() + 1].tolist()
+    assert torch.bincount(batch.target_slot, minlength=9).tolist() == batch.supervised
+
+
+def test_digits_reach_the_batch_pixel_by_pixel(demo):
+    """The tiles that the model sees are those that AnyRes cuts from the PNG (lossless codec)."""
+    folder, encoder = demo
+    records = json.loads((folder / "digits/train.json").read_text())
+    plan = mixture(folder, encoder)
+    by_row = {int(plan.ref(i, 0).location.key): i for i in range(80)}
+    row = next(r for r, record in enumerate(records) if "image" in record)
+    image = Image.open(folder / "digits/images" / records[row]["image"])
+    batches = [b for b in build_loader(plan, encoder, 0, 1, 1, 1, num_workers=0) if by_row[row] in b.sample_ids]
+    assert len(batches) == 1  # a budget of one token gives every sample a micro-batch of its own
+    assert np.array_equal(batches[0].tiles.numpy(), encoder.anyres.tiles(image))
