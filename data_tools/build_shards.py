@@ -328,10 +328,12 @@ def build(options: argparse.Namespace) -> None:
 
 
 def geometry(options: argparse.Namespace) -> AnyRes:
-    """The tiles' geometry from --tower, or from --tile_size, --patch_size and --pinpoints. Raises ValueError."""
+    """The tiles' geometry from --model, --tower, or --tile_size, --patch_size and --pinpoints. Raises ValueError."""
+    if options.model is not None:
+        return model_geometry(options.model)
     named = TOWERS.get(options.tower)
     if named is None and None in (options.tile_size, options.patch_size, options.pinpoints):
-        raise ValueError("give --tower, or all of --tile_size, --patch_size and --pinpoints")
+        raise ValueError("give --model or --tower, or all of --tile_size, --patch_size and --pinpoints")
     pinpoints = PINPOINTS.get(options.pinpoints or "original", options.pinpoints)
     if isinstance(pinpoints, str):
         try:
@@ -342,6 +344,18 @@ def geometry(options: argparse.Namespace) -> AnyRes:
     return AnyRes(tile_size, options.patch_size or named.patch_size, pinpoints or named.pinpoints)
 
 
+def model_geometry(folder: Path) -> AnyRes:
+    """The geometry that a LLaVA-NeXT model folder's config.json asks for. Raises ValueError when it holds none."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        vision = config["vision_config"]
+        return AnyRes(vision["image_size"], vision["patch_size"], config["image_grid_pinpoints"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"--model {folder}: no LLaVA-NeXT config.json there ({type(error).__name__}: {error})"
+        ) from None
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -349,7 +363,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, required=True, help="LLaVA JSON list, or JSONL: {id, image?, conversations}")
     add("--images", type=Path, required=True, help="folder that the image paths are relative to")
     add("--out", type=Path, required=True, help="folder to write")
-    add("--tower", choices=TOWERS, help="vision tower to cut tiles for")
+    add("--model", type=Path, help="cut tiles for this LLaVA-NeXT model folder")
+    add("--tower", choices=TOWERS, help="instead of --model: vision tower to cut tiles for")
     add("--tile_size", type=int, help="instead of --tower: side of a tile in pixels")
     add("--patch_size", type=int, help="instead of --tower: side of a patch in pixels")
     add("--pinpoints", help="original (default), hf, or canvases as HEIGHTxWIDTH,HEIGHTxWIDTH,... in pixels")

@@ -3,14 +3,13 @@
     python data_tools/make_digits.py --out demo/digits --train 24000 --held_out 500 --seed 0
 
 The scans are scikit-learn's `load_digits`: 1,797 real ones of 8 x 8 pixels, from the UCI Optical Recognition of
-Handwritten Digits set. A picture holds one to six of them, each in a cell of 14 to 30 pixels. With tiles of 32 pixels
-and canvases of up to three of them, a cell of a six-digit row is about 15 pixels wide in its canvas and 5 in the base
-tile, where one 8-pixel patch sees parts of two or three digits. Training and held-out pictures share no scan. Needs
-scikit-learn; no network.
+Handwritten Digits set. A picture holds one to six of them in cells of 28 to 31 pixels. With tiles of 32 pixels and a
+canvas for every layout, AnyRes gives each digit a tile of its own, while the base tile squeezes a row of six to 5
+pixels a digit. Training and held-out pictures share no scan. Needs scikit-learn; no network.
 
 What it writes:
     DIR/train.json, DIR/held_out.json             lists of {id, image, conversations, source}
-    DIR/captions.json                             2,000 training pictures with one question and answer, for stage 1
+    DIR/captions.json                             training pictures of one digit, with its caption, for stage 1
     DIR/images/{train,held_out}/NNN/NNNNNN.png    8-bit grey; `image` is relative to DIR/images
     DIR/digits.json                               the arguments and hashes, written last: without it DIR is half built
 
@@ -38,7 +37,7 @@ from PIL import Image
 FORMAT_VERSION = 1
 MANIFEST = "digits.json"
 SPLITS = ("train", "held_out")
-CAPTIONS, CAPTION_SAMPLES = "captions", 2000  # stage 1 takes few: it trains the projector alone
+CAPTIONS, CAPTION_SAMPLES = "captions", 6000
 HELD_OUT_SCANS = 360  # of 1,797, drawn with the same share of every digit
 FOLDER_SIZE = 1000
 
@@ -50,7 +49,8 @@ LAYOUTS = {
     (1, 5): 0.05, (5, 1): 0.03,
     (1, 6): 0.03, (6, 1): 0.02, (2, 3): 0.015, (3, 2): 0.015,
 }  # fmt: skip
-CELL_PIXELS = (14, 30)
+CELL_PIXELS = (28, 31)
+TILT_DEGREES = 12
 MULTI_TURN_SHARE = 0.3
 TEXT_ONLY_SHARE = 0.03  # of the training samples; held-out ones all have a picture
 
@@ -121,22 +121,22 @@ def compose(rng: np.random.Generator, pool: np.ndarray) -> Composition:
 
 
 def render(composition: Composition, scans: Scans, rng: np.random.Generator) -> Image.Image:
-    """Draws a composition: light ink on a dark ground, 8-bit grey, about `cols * cell` x `rows * cell` pixels.
+    """Draws a composition: light ink on a dark ground, 8-bit grey, `cols * cell` x `rows * cell` pixels.
 
-    Cell, margins, brightness, and the size and place of every digit in its cell vary a little. The ground is dark as
+    Cell, brightness, and the size, tilt and place of every digit in its cell vary a little. The ground is dark as
     AnyRes' padding is, so the picture's border is no edge to learn.
     """
     cell = int(rng.integers(CELL_PIXELS[0], CELL_PIXELS[1] + 1))
-    left, right, top, bottom = rng.integers(0, cell * 15 // 100 + 1, 4)
     ground, ink = rng.uniform(0, 50), rng.uniform(190, 255)
-    coverage = np.zeros((composition.rows * cell + top + bottom, composition.cols * cell + left + right))
+    coverage = np.zeros((composition.rows * cell, composition.cols * cell))
     for position, scan in enumerate(composition.scans):
         row, col = divmod(position, composition.cols)
-        size = round(cell * rng.uniform(0.85, 0.95))
-        y, x = np.array([top + row * cell, left + col * cell]) + rng.integers(0, cell - size + 1, 2)
+        size = round(cell * rng.uniform(0.75, 0.95))
+        y, x = np.array([row * cell, col * cell]) + rng.integers(0, cell - size + 1, 2)
         # Two calls, because the order of the two passes of one call depends on the Pillow version.
         digit = Image.fromarray(scans.pixels[scan]).resize((size, 8), Image.Resampling.BICUBIC)
         digit = digit.resize((size, size), Image.Resampling.BICUBIC)
+        digit = digit.rotate(rng.uniform(-TILT_DEGREES, TILT_DEGREES), Image.Resampling.BICUBIC)
         coverage[y : y + size, x : x + size] = np.asarray(digit) / 255
     return Image.fromarray(np.round(ground + (ink - ground) * coverage).astype(np.uint8))
 
@@ -166,7 +166,7 @@ def _conversation(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def caption(record: dict) -> dict:
-    """A training picture for stage 1: only the question and answer about the whole number."""
+    """A training picture for stage 1: only the question and its answer, the digit."""
     return record | {"id": f"caption-{record['id']}", "conversations": record["conversations"][:2]}
 
 
@@ -231,7 +231,7 @@ def build(out: Path, train: int, held_out: int, seed: int, workers: int = 1) -> 
         jobs, show_progress(run(write_folder, jobs, workers), train + held_out), strict=True
     ):
         records[split] += folder
-    pictures = [record for record in records["train"] if "image" in record]
+    pictures = [record for record in records["train"] if record["source"] == "digits_single"]
     records[CAPTIONS] = [caption(record) for record in pictures[:CAPTION_SAMPLES]]
     hashes = {f"{name}.json": write_records(out / f"{name}.json", records[name]) for name in records}
     write_atomically(out / MANIFEST, json.dumps({"asked": asked, "sha256": hashes}, indent=1, sort_keys=True) + "\n")

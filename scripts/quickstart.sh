@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 demo=${QUICKSTART_DIR:-demo}
-# canvases of AnyRes, height x width in pixels; 32x32 alone switches the grid off
-pinpoints=${QUICKSTART_PINPOINTS:-64x32,32x64,64x64,32x96,96x32}
+# AnyRes canvases of the model as [[height, width], ...]; [[32,32]] alone switches the grid off
+pinpoints=${QUICKSTART_PINPOINTS:-}
 python=.venv/bin/python
 recipes=scripts/recipes/digits
 began=$SECONDS
@@ -26,17 +26,15 @@ make_data() { $python data_tools/make_digits.py --out "$demo/digits" --train 240
 compose_model() {
     if [ -f "$demo/base/config.json" ]; then echo "$demo/base is there already"; return; fi
     rm -rf "$demo/base"
-    # 64x32,32x64 -> [[64,32],[32,64]]
-    local list="[$(sed -E 's/([0-9]+)x([0-9]+)/[\1,\2]/g' <<< "$pinpoints")]"
-    $python scripts/compose.py --demo "$demo/digits/train.json" --template mistral --pinpoints "$list" --out "$demo/base"
+    $python scripts/compose.py --demo "$demo/digits/train.json" --template mistral --out "$demo/base" \
+        ${pinpoints:+--pinpoints "$pinpoints"}
 }
 
 build_shards() {
     local name
     for name in captions train; do
         $python data_tools/build_shards.py --json "$demo/digits/$name.json" --images "$demo/digits/images" \
-            --out "$demo/shards/$name" --tile_size 32 --patch_size 16 --pinpoints "$pinpoints" \
-            --codec webp --workers "$cores"
+            --out "$demo/shards/$name" --model "$demo/base" --codec webp --workers "$cores"
     done
 }
 
@@ -48,8 +46,8 @@ launch() { # launch SCRIPT RUN_DIR ARGUMENTS...: one stage, unless its result is
 }
 
 times=""
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu) # before OMP_NUM_THREADS, which nproc would answer with
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 part install prepare_environment train,demo
 export HF_HUB_OFFLINE=1 # from here on nothing is fetched

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import build_demo, compose_demo
+from test_training import build_demo
 from tiny import ANYRES, pack_tiny, random_samples
 
 from llava_next.data.encode import Encoder
@@ -22,7 +22,6 @@ def demo(tmp_path_factory):
     """80 samples in 4 shards, the plan over them, and the encoder of the demo model."""
     folder = tmp_path_factory.mktemp("loader")
     build_demo(folder, samples=80)
-    compose_demo(folder / "base", folder / "digits/train.json")
     data = SimpleNamespace(template="mistral", max_length=300)
     parts = load_parts(SimpleNamespace(model=str(folder / "base"), data=data))
     return folder, parts.encoder

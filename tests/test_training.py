@@ -32,12 +32,11 @@ def demo(tmp_path_factory):
     """Digits, shards and the demo model, all small: folder with digits/, shards/ and base/."""
     folder = tmp_path_factory.mktemp("demo")
     build_demo(folder, SAMPLES)
-    compose_demo(folder / "base", folder / "digits/train.json")
     return folder
 
 
 def build_demo(folder: Path, samples: int) -> None:
-    """folder/digits and folder/shards."""
+    """folder/digits, folder/base (the composed model) and folder/shards."""
     make_digits.build(folder / "digits", train=samples, held_out=4, seed=0)
     arguments = [
         "--json",
@@ -47,9 +46,12 @@ def build_demo(folder: Path, samples: int) -> None:
         "--out",
         folder / "shards",
     ]
-    geometry = ["--tile_size", 32, "--patch_size", 16, "--pinpoints", "64x32,32x64,64x64,32x96,96x32"]
+    compose_demo(folder / "base", folder / "digits/train.json")
     build_shards.main(
-        [str(a) for a in [*arguments, *geometry, "--workers", 0, "--shard_samples", 20, "--codec", "webp"]]
+        [
+            str(a)
+            for a in [*arguments, "--model", folder / "base", "--workers", 0, "--shard_samples", 20, "--codec", "webp"]
+        ]
     )
 
 

@@ -126,6 +126,11 @@ class PackedBatch:
         return replace(self, **pinned)
 
 
+def move_features(feature_index: np.ndarray, tiles_before: int, patches_per_tile: int) -> np.ndarray:
+    """A feature index behind `tiles_before` other tiles; the newline's row 0 is shared and stays."""
+    return np.where(feature_index > 0, feature_index + tiles_before * patches_per_tile, 0)
+
+
 def pack(
     examples: Sequence[Example],
     tile_size: int,
@@ -140,50 +145,38 @@ def pack(
     Args:
         examples: any number of encoded samples, none included.
         tile_size: S, side of a tile in pixels; patches_per_tile: feature rows per tile (576 for CLIP-L/336).
+
+    Raises:
+        ValueError: a sample whose features are not one for each image position, or point outside of its tiles.
     """
+    for example in examples:
+        _check_features(example, patches_per_tile)
     lengths = [len(e.input_ids) for e in examples]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tile_starts = np.concatenate([[0], np.cumsum([len(e.tiles) for e in examples])]).astype(np.int64)
-
-    def concat(parts: list[np.ndarray], dtype=np.int64) -> np.ndarray:
-        return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
-
-    def rows(example: Example, tile_start: int) -> np.ndarray:
-        # row 0 is the newline and is shared; patches move on by the tiles of the samples before
-        index = example.feature_index
-        return np.where(index > 0, index + tile_start * patches_per_tile, 0)
-
-    # The label at t is predicted from t - 1; the first token of a segment has nothing before it.
-    targets = [np.flatnonzero(e.labels[1:] != IGNORE) for e in examples]
-    supervised = [len(t) for t in targets]
-    target_positions = concat([t + s for t, s in zip(targets, starts[:-1], strict=True)])
-    target_ids = concat([e.labels[1:][t] for e, t in zip(examples, targets, strict=True)])
-    target_weights = np.ones(len(target_positions), np.float32)
-    target_source = np.repeat(np.array([e.source for e in examples], np.int64), supervised)
-    target_slot = np.repeat(np.array([e.slot for e in examples], np.int64), supervised)
-    if not len(target_positions):
-        target_positions = target_ids = target_source = target_slot = np.zeros(1, np.int64)
-        target_weights = np.zeros(1, np.float32)
-
-    tiles = [e.tiles for e in examples if len(e.tiles)]
+    starts = np.cumsum([0, *lengths])
+    tile_starts = np.cumsum([0, *(len(e.tiles) for e in examples)])
+    targets = _targets(examples, starts)
+    tiles = [e.tiles for e in examples if len(e.tiles)] or [np.zeros((1, tile_size, tile_size, 3), np.uint8)]
+    feature_index = [
+        move_features(e.feature_index, tile_start, patches_per_tile)
+        for e, tile_start in zip(examples, tile_starts[:-1], strict=True)
+    ]
+    image_positions = [e.image_positions + start for e, start in zip(examples, starts[:-1], strict=True)]
+    filler = [np.zeros(1, np.int64)]  # the one token of an empty batch
+    tensors = {
+        "input_ids": _concat([e.input_ids for e in examples] or filler),
+        "position_ids": _concat([np.arange(n) for n in lengths] or filler),
+        "cu_seqlens": (starts if examples else np.array([0, 1])).astype(np.int32),
+        "tiles": np.concatenate(tiles),
+        "feature_index": _concat(feature_index),
+        "image_positions": _concat(image_positions),
+        **targets,
+    }
     return PackedBatch(
-        input_ids=torch.from_numpy(concat([e.input_ids for e in examples]) if examples else np.zeros(1, np.int64)),
-        position_ids=torch.from_numpy(concat([np.arange(n) for n in lengths]) if examples else np.zeros(1, np.int64)),
-        cu_seqlens=torch.from_numpy((starts if examples else np.array([0, 1])).astype(np.int32)),
+        **{name: torch.from_numpy(array) for name, array in tensors.items()},
         max_seqlen=max(lengths, default=1),
-        tiles=torch.from_numpy(concat(tiles, np.uint8) if tiles else np.zeros((1, tile_size, tile_size, 3), np.uint8)),
-        feature_index=torch.from_numpy(concat([rows(e, t) for e, t in zip(examples, tile_starts, strict=False)])),
-        image_positions=torch.from_numpy(
-            concat([e.image_positions + s for e, s in zip(examples, starts[:-1], strict=True)])
-        ),
-        target_positions=torch.from_numpy(target_positions),
-        target_ids=torch.from_numpy(target_ids),
-        target_weights=torch.from_numpy(target_weights),
-        target_source=torch.from_numpy(target_source),
-        target_slot=torch.from_numpy(target_slot),
         slots=[e.slot for e in examples],
         sample_ids=[e.sample_id for e in examples],
-        supervised=supervised,
+        supervised=[int((e.labels[1:] != IGNORE).sum()) for e in examples],
         num_tiles=int(tile_starts[-1]),
         num_truncated=sum(e.truncated > 0 for e in examples),
         holes=list(holes),
@@ -191,3 +184,42 @@ def pack(
         micro=micro,
         num_micro=num_micro,
     )
+
+
+def _check_features(example: Example, patches_per_tile: int) -> None:
+    # on the host, where it costs nothing: on a GPU a wrong index is an assertion far from its cause
+    index, positions = example.feature_index, example.image_positions
+    where = f"sample {example.sample_id}"
+    if len(index) != len(positions):
+        raise ValueError(
+            f"{where}: {len(index)} image features for {len(positions)} image tokens; the image sizes in the data are "
+            "not those that the text was expanded for"
+        )
+    rows, tokens = 1 + len(example.tiles) * patches_per_tile, len(example.input_ids)
+    if len(index) and not (0 <= index.min() <= index.max() < rows and 0 <= positions.min() <= positions.max() < tokens):
+        raise ValueError(
+            f"{where}: image features up to row {index.max()} at positions up to {positions.max()}, but its "
+            f"{len(example.tiles)} tiles have {rows} rows and it has {tokens} tokens; were they cut for another tower?"
+        )
+
+
+def _targets(examples: Sequence[Example], starts: np.ndarray) -> dict[str, np.ndarray]:
+    """The `target_*` fields: the label at t is predicted from t - 1, a segment's first token has nothing before it."""
+    found = [np.flatnonzero(e.labels[1:] != IGNORE) for e in examples]
+    if not sum(map(len, found)):
+        nothing = np.zeros(1, np.int64)  # one target of weight 0, so that the head always runs
+        names = ("target_positions", "target_ids", "target_source", "target_slot")
+        return {**dict.fromkeys(names, nothing), "target_weights": np.zeros(1, np.float32)}
+    positions = _concat([t + start for t, start in zip(found, starts[:-1], strict=True)])
+    counts = [len(t) for t in found]
+    return {
+        "target_positions": positions,
+        "target_ids": _concat([e.labels[1:][t] for e, t in zip(examples, found, strict=True)]),
+        "target_weights": np.ones(len(positions), np.float32),
+        "target_source": np.repeat(np.array([e.source for e in examples], np.int64), counts),
+        "target_slot": np.repeat(np.array([e.slot for e in examples], np.int64), counts),
+    }
+
+
+def _concat(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64, copy=False) if parts else np.zeros(0, np.int64)

@@ -8,9 +8,26 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_next.anyres import AnyRes
-from llava_next.data.batch import Example
+from llava_next.data.batch import Example, move_features
 from llava_next.data.shards import BadSample, RawSample, decode_strip
 from llava_next.templates import Template
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    """Refuses a tokenizer that can produce ids for which the model has no embedding.
+
+    Args:
+        num_rows: rows of the model's embedding (`text_config.vocab_size`).
+
+    Raises:
+        ValueError: naming the token.
+    """
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= num_rows:
+        raise ValueError(
+            f"token {token!r} of the tokenizer has id {highest}, but the model's embedding has {num_rows} rows; were "
+            "tokens added after scripts/compose.py made the folder? Compose it again with this tokenizer"
+        )
 
 
 @dataclass
@@ -81,6 +98,6 @@ class Encoder:
 
     def _join(self, indices: list[np.ndarray], num_tiles: list[int]) -> np.ndarray:
         """Feature indices of several images as one, tiles counted on; the newline row stays 0."""
-        starts = np.cumsum([0, *num_tiles[:-1]]) * self.anyres.patches_per_tile
-        shifted = [np.where(index > 0, index + start, 0) for index, start in zip(indices, starts, strict=False)]
-        return np.concatenate(shifted) if shifted else np.zeros(0, np.int64)
+        starts = np.cumsum([0, *num_tiles])[: len(indices)]
+        moved = [move_features(i, s, self.anyres.patches_per_tile) for i, s in zip(indices, starts, strict=True)]
+        return np.concatenate(moved) if moved else np.zeros(0, np.int64)
