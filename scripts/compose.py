@@ -3,8 +3,10 @@
     python scripts/compose.py --vision openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 \\
         --template vicuna_v1 --out models/vicuna-7b
 
-Both may be local folders. `--demo TRAIN.json` builds the quickstart's tiny model instead: random weights, and a
-tokenizer trained on that file's text.
+Both may be local folders. `--random_init` builds the same architectures with random weights and without network, whole
+or shrunk (`--scale`), for tests and throughput runs; their tokenizer is a small one, or that of `--tokenizer`.
+`--demo TRAIN.json` builds the quickstart's tiny model instead: random weights, and a tokenizer trained on that file's
+text.
 """
 
 import json
@@ -12,39 +14,56 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from llava_next.model import dry
 from llava_next.model.compose import compose, llm_part, load_tokenizer, random_part, vision_part
-from llava_next.model.dry import DEMO_PINPOINTS, corpus_texts, demo_configs, train_tokenizer
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vision", help="CLIP or SigLIP checkpoint: folder or hub repository")
     parser.add_argument("--llm", help="Llama, Qwen2 or Mistral checkpoint: folder or hub repository")
+    parser.add_argument("--tokenizer", help="folder or hub repository of the tokenizer; default: the language model's")
+    parser.add_argument("--random_init", action="store_true", help="random weights; nothing is downloaded")
+    parser.add_argument("--scale", default="full", choices=list(dry.SCALES), help="size of a --random_init model")
     parser.add_argument("--demo", help="LLaVA JSON file: build the tiny demo model for it")
     parser.add_argument("--template", default="vicuna_v1", help="chat template saved with the model")
     parser.add_argument("--pinpoints", type=list[tuple[int, int]] | None, help="canvases as [[height, width], ...]")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")
     parser.add_argument("--out", required=True, help="new model folder")
     args = parser.parse_args()
-
-    if args.demo:
-        vision_config, llm_config = demo_configs()
-        samples = json.loads(Path(args.demo).read_text())
-        vision, llm = random_part(vision_config, args.seed), random_part(llm_config, args.seed)
-        tokenizer = train_tokenizer(corpus_texts(samples, args.template), vocab_size=llm_config.vocab_size - 2)
-        args.pinpoints = args.pinpoints or DEMO_PINPOINTS
-    elif args.vision and args.llm:
-        vision, llm = vision_part(args.vision), llm_part(args.llm)
-        tokenizer = load_tokenizer(args.llm)
-    else:
+    if not args.demo and not (args.vision and args.llm):
         parser.error("give --vision and --llm, or --demo")
-
+    if args.scale != "full" and not args.random_init:
+        parser.error(f"--scale {args.scale} needs --random_init: published weights have one size")
     try:
+        vision, llm, tokenizer = parts(args)
         folder = compose(vision, llm, tokenizer, args.template, args.out, args.pinpoints, args.seed)
     except ValueError as error:
         parser.error(str(error))
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     print(f"{folder}: {vision.config.model_type} + {llm.config.model_type}, {size / 1e6:,.1f} MB, {args.template}")
+
+
+def parts(args):
+    """Tower, language model and tokenizer that the command line asks for."""
+    if args.demo:
+        vision_config, llm_config = dry.demo_configs()
+        args.pinpoints = args.pinpoints or dry.DEMO_PINPOINTS
+        texts = dry.corpus_texts(json.loads(Path(args.demo).read_text()), args.template)
+        tokenizer = dry.train_tokenizer(texts, vocab_size=llm_config.vocab_size - 2)
+    elif args.random_init:
+        vision_config, llm_config = (dry.scaled(dry.architecture(n), args.scale) for n in (args.vision, args.llm))
+        if args.tokenizer:
+            tokenizer = load_tokenizer(args.tokenizer)
+        else:
+            tokenizer = dry.train_tokenizer(dry.corpus_texts([], args.template), 512, args.template)
+            if args.scale != "full":
+                # with all its rows a thin model would be nothing but embedding
+                llm_config.vocab_size = len(tokenizer)
+                llm_config.bos_token_id, llm_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    else:
+        return vision_part(args.vision), llm_part(args.llm), load_tokenizer(args.tokenizer or args.llm)
+    return random_part(vision_config, args.seed), random_part(llm_config, args.seed), tokenizer
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llava_next.training.checkpoint import checkpoint_to_resume, load_checkpoint
 from llava_next.training.config import RunConfig, parse_run, save_run
 from llava_next.training.loop import Trainer
 from llava_next.training.parallel import build_accelerator, require_fsdp2_launch
-from llava_next.training.setup import build_model, load_parts, open_mixture, plan_banner
+from llava_next.training.setup import build_model, load_parts, open_mixture, plan_banner, report_export
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -85,7 +85,8 @@ def train(config: RunConfig, parts, mixture, checkpoint: Path | None, state: dic
         return
 
     save_model(model, run_dir / "model", config.model, is_main_process=accelerator.is_main_process)
-    accelerator.print(f"model written to {run_dir / 'model'}", flush=True)
+    if accelerator.is_main_process:
+        report_export(run_dir / "model")
     accelerator.end_training()
 
 

@@ -9,6 +9,7 @@ from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
 from llava_next.anyres import AnyRes
 from llava_next.data.batch import Example, PackedBatch, pack
+from llava_next.model.dry import architecture, scaled
 from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
 
 TILE, PATCH = 28, 7
@@ -50,27 +51,74 @@ def tiny_config(**text_changes) -> LlavaNextConfig:
     )
 
 
-def tiny_pair(folder, seed: int = 0) -> tuple[LlavaNextForConditionalGeneration, StockLlavaNext]:
-    """Our model and the stock one with the same float32 weights, through a folder in the llava-hf layout."""
+def pairing_config(vision: str, llm: str, tied: bool = False) -> LlavaNextConfig:
+    """A published pairing at scale `tiny`, with 128 tokens, 512 positions and tiles of 4 x 4 patches.
+
+    SigLIP's tiles are 30 px of 7 px patches: the last 2 px belong to no patch, as with 384 and 14.
+    """
+    tower, text = scaled(architecture(vision), "tiny"), scaled(architecture(llm), "tiny")
+    has_cls = tower.model_type == "clip_vision_model"
+    tile = TILE if has_cls else TILE + 2
+    tower.image_size, tower.patch_size = tile, PATCH
+    text.vocab_size, text.initializer_range, text.tie_word_embeddings = VOCABULARY, 0.1, tied
+    text.max_position_embeddings = 512
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, 2, 0
+    return LlavaNextConfig(
+        vision_config=tower.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=IMAGE_TOKEN_ID,
+        # a canvas of a single tile besides
+        image_grid_pinpoints=[[h // TILE * tile, w // TILE * tile] for h, w in (*PINPOINTS, (TILE, TILE))],
+        image_seq_length=ANYRES.patches_per_tile,
+        vision_feature_select_strategy="default" if has_cls else "full",
+        tie_word_embeddings=tied,
+    )
+
+
+def geometry(config: LlavaNextConfig) -> AnyRes:
+    """AnyRes of a model."""
+    vision = config.vision_config
+    return AnyRes(vision.image_size, vision.patch_size, [tuple(p) for p in config.image_grid_pinpoints])
+
+
+def tiny_pair(
+    folder, seed: int = 0, config: LlavaNextConfig | None = None
+) -> tuple[LlavaNextForConditionalGeneration, StockLlavaNext]:
+    """Our model and the stock one with the same float32 weights, through a folder in the llava-hf layout.
+
+    With a `config`, biases and norms are random too: at 0 and 1 a forward that forgets them would be right.
+    """
     from llava_next.model.export import save_model
 
     torch.manual_seed(seed)
-    save_model(LlavaNextForConditionalGeneration(tiny_config()), folder, dtype=torch.float32)
+    model = LlavaNextForConditionalGeneration(config or tiny_config())
+    if config is not None:
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    save_model(model, folder, dtype=torch.float32)
     return LlavaNextForConditionalGeneration.from_pretrained(folder), StockLlavaNext.from_pretrained(folder)
 
 
-def random_samples(seed: int, count: int, images=(0, 1, 2), max_text: int = 40) -> list[tuple[Example, list]]:
-    """Encoded samples with random ids, pixels and masks, and the (width, height) of their images."""
+def random_samples(
+    seed: int, count: int, images=(0, 1, 2), max_text: int = 40, anyres: AnyRes = ANYRES, sizes_of=None
+) -> list[tuple[Example, list]]:
+    """Encoded samples with random ids, pixels and masks, and the (width, height) of their images.
+
+    Args:
+        sizes_of: called with the random generator, returns the (width, height) of an image; default: 1 to 119 px.
+    """
     rng = np.random.default_rng(seed)
-    samples = []
+    samples, tile = [], anyres.tile_size
+    size_of = sizes_of or (lambda rng: tuple(int(x) for x in rng.integers(1, 120, 2)))
     for slot in range(count):
-        sizes = [tuple(int(x) for x in rng.integers(1, 120, 2)) for _ in range(int(rng.choice(images)))]
+        sizes = [size_of(rng) for _ in range(int(rng.choice(images)))]
         text = [rng.integers(1, IMAGE_TOKEN_ID, int(rng.integers(1, max_text))) for _ in range(len(sizes) + 1)]
         ids, index, tiles, tile_start = [text[0]], [], [], 0
         for size, words in zip(sizes, text[1:], strict=True):
-            features = ANYRES.feature_index(*size)
-            index.append(np.where(features > 0, features + tile_start * ANYRES.patches_per_tile, 0))
-            tiles.append(rng.integers(0, 256, (ANYRES.num_tiles(*size), TILE, TILE, 3), dtype=np.uint8))
+            features = anyres.feature_index(*size)
+            index.append(np.where(features > 0, features + tile_start * anyres.patches_per_tile, 0))
+            tiles.append(rng.integers(0, 256, (anyres.num_tiles(*size), tile, tile, 3), dtype=np.uint8))
             tile_start += len(tiles[-1])
             ids += [np.full(len(features), IMAGE_TOKEN_ID), words]
         ids = np.concatenate(ids)
@@ -81,7 +129,7 @@ def random_samples(seed: int, count: int, images=(0, 1, 2), max_text: int = 40) 
             source=slot % 2,
             input_ids=ids,
             labels=labels,
-            tiles=np.concatenate(tiles) if tiles else np.zeros((0, TILE, TILE, 3), np.uint8),
+            tiles=np.concatenate(tiles) if tiles else np.zeros((0, tile, tile, 3), np.uint8),
             feature_index=np.concatenate(index) if index else np.zeros(0, np.int64),
             image_positions=np.flatnonzero(ids == IMAGE_TOKEN_ID),
         )
@@ -89,23 +137,32 @@ def random_samples(seed: int, count: int, images=(0, 1, 2), max_text: int = 40) 
     return samples
 
 
-def pack_tiny(examples: list[Example], **kwargs) -> PackedBatch:
+def pack_tiny(examples: list[Example], anyres: AnyRes = ANYRES, **kwargs) -> PackedBatch:
     """`pack` with the tiny geometry."""
-    return pack(examples, TILE, ANYRES.patches_per_tile, **kwargs)
+    return pack(examples, anyres.tile_size, anyres.patches_per_tile, **kwargs)
 
 
 def stock_logits(model: StockLlavaNext, example: Example, sizes: list[tuple[int, int]]) -> torch.Tensor:
     """Logits `[t, vocabulary]` of one sample through transformers' own forward."""
     inputs = {}
     if sizes:
-        mean, std = NORMALISATION["clip_vision_model"]
+        mean, std = NORMALISATION[model.config.vision_config.model_type]
+        anyres = geometry(model.config)
         pixels = normalise(torch.from_numpy(example.tiles), mean, std)
-        per_image = pixels.split([ANYRES.num_tiles(*s) for s in sizes])
+        per_image = pixels.split([anyres.num_tiles(*s) for s in sizes])
         most = max(len(p) for p in per_image)
         padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in per_image]
         inputs = {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor([(h, w) for w, h in sizes])}
     ids = torch.from_numpy(example.input_ids)[None]
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
+
+
+def packed_logits(model: LlavaNextForConditionalGeneration, batch: PackedBatch) -> torch.Tensor:
+    """Logits `[T, vocabulary]` of every position, by the pieces that the packed forward is made of."""
+    embeds = model.model.language_model.embed_tokens(batch.input_ids)
+    features = model.image_features(batch.tiles)[batch.feature_index]
+    embeds = embeds.index_copy(0, batch.image_positions, features)
+    return model.lm_head(model.decode_segments(embeds, batch.position_ids, batch.cu_seqlens, batch.max_seqlen))
 
 
 def stock_loss(model: StockLlavaNext, samples: list[tuple[Example, list]], weights: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,14 @@
 Registered with transformers under the name `segment`, so that the stock decoder layers call it: the packed forward
 passes `cu_seq_lens_q` and `max_length_q` down to the layers, and no T x T mask is ever built. Without those arguments
 (generate, the stock forward) it is transformers' own SDPA attention.
+
+Three kernels compute it: torch's variable-length attention (CUDA), the flash-attn package (CUDA, when asked for), and
+one SDPA call a segment (anywhere; exact, and the only one for float32). `choose_attention` picks one and says why.
 """
 
+import importlib.util
 import inspect
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn import functional as F
@@ -15,6 +19,88 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENT_ATTENTION = "segment"
+
+# Names in transformers' registry. None holds "flash" or "sdpa": transformers reads those words as its own kernels.
+KERNEL_NAMES = {"varlen": "segment_varlen", "flash": "segment_fa", "sdpa": "segment_loop"}
+HALF = (torch.bfloat16, torch.float16)
+
+
+def choose_attention(wanted: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """The kernel that segment attention will run on, and the reason, for the run's plan.
+
+    Args:
+        wanted: `auto`, or `varlen`, `flash` or `sdpa` to insist on one.
+        device: where the model runs.
+        dtype: of queries and keys: what the model computes in.
+
+    Returns:
+        (name, reason); the name is `varlen`, `flash` or `sdpa`. See `attention_names`.
+
+    Raises:
+        ValueError: an unknown name, or a kernel that cannot run here; the message says what would help.
+    """
+    if wanted not in ("auto", *KERNEL_NAMES):
+        raise ValueError(f"attn_implementation: {wanted!r} is none of auto, {', '.join(KERNEL_NAMES)}")
+    device = torch.device(device)
+    if wanted == "sdpa":
+        # reading the segment borders stops the host until the device has caught up, once a layer
+        cost = ", slow on a GPU: it waits for the segment borders in every layer" if device.type == "cuda" else ""
+        return "sdpa", f"asked for: one SDPA call a segment{cost}"
+    obstacle = _obstacle(device, dtype)
+    if wanted == "auto":
+        if obstacle is None:
+            return "varlen", "torch's own variable-length kernel; nothing to install"
+        return "sdpa", f"one SDPA call a segment: {obstacle}"
+    if obstacle is not None:
+        raise ValueError(f"attn_implementation: {wanted} cannot run here: {obstacle}; set it to auto or sdpa")
+    if wanted == "flash":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(
+                "attn_implementation: flash needs the package flash-attn, which is not installed; install it with "
+                "`pip install flash-attn --no-build-isolation`, or set auto: torch's own kernel is the same algorithm"
+            )
+        return "flash", "asked for: the flash-attn package"
+    return "varlen", "asked for: torch's own variable-length kernel"
+
+
+def attention_names(kernel: str) -> dict[str, str]:
+    """`from_pretrained`'s `attn_implementation` for a kernel that `choose_attention` returned.
+
+    The vision tower always runs plain SDPA: all its sequences are equally long.
+    """
+    return {"text_config": KERNEL_NAMES[kernel], "vision_config": "sdpa"}
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no variable-length kernel can run on this device in this dtype; None when it can."""
+    if device.type != "cuda":
+        return f"variable-length kernels are for CUDA, the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)"
+    if dtype not in HALF:
+        return f"variable-length kernels take bfloat16 and float16, the model computes in {dtype}"
+    return None
+
+
+def check_window(config, max_length: int) -> None:
+    """Refuses a sliding window that segments of `max_length` tokens would feel: segment attention has none.
+
+    A window at least as long as every segment changes nothing, so Mistral-7B v0.1 (4,096) trains up to that length.
+
+    Args:
+        config: of the language model.
+
+    Raises:
+        ValueError: some layer's window is shorter.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds and "sliding_attention" not in kinds) or max_length <= window:
+        return
+    raise ValueError(
+        f"the language model attends within a sliding window of {window:,} tokens, fewer than the {max_length:,} of "
+        f"the longest sample; lower data.max_length to {window:,}, or take a model without a window"
+    )
 
 
 def segment_attention(
@@ -27,6 +113,8 @@ def segment_attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    kernel: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attends causally inside each segment and never across.
@@ -35,22 +123,28 @@ def segment_attention(
         query: `[1, heads, T, head_dim]`; key and value `[1, kv_heads, T, head_dim]`.
         cu_seq_lens_q: int32 `[G+1]`, segment borders in the flat sequence; absent: plain SDPA with `attention_mask`.
         max_length_q: the longest segment, a Python int so that no kernel has to ask the device for it.
+        sliding_window: of this layer; must be no shorter than the longest segment.
+        kernel: as `choose_attention` names it; None: varlen for half precision on CUDA, else sdpa.
 
     Returns:
         `[1, T, heads, head_dim]` and None (attention weights are never materialised).
+
+    Raises:
+        ValueError: a window that a segment would feel, or dropout on attention weights.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.is_cuda:
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    return _sdpa_per_segment(query, key, value, cu_seq_lens_q, scaling), None
+    if sliding_window is not None:
+        check_window(module.config, max_length_q)
+    if dropout:
+        raise ValueError(f"attention_dropout is {dropout}: packed training has none; set it to 0 in config.json")
+    kernel = kernel or ("varlen" if query.is_cuda and query.dtype in HALF else "sdpa")
+    return _KERNELS[kernel](query, key, value, cu_seq_lens_q, max_length_q, scaling), None
 
 
-def _sdpa_per_segment(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
+def _sdpa_per_segment(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling: float | None):
     # One SDPA call a segment is the same arithmetic as the sample alone, so packing is exact on a CPU. `split` rather
     # than slices: the backward of a split is one concatenation, that of a slice a full-size buffer each.
     lengths = cu_seqlens.diff().tolist()
@@ -89,6 +183,20 @@ def _varlen(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scalin
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, **options).unsqueeze(0)
 
 
+def _flash(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling: float | None) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, softmax_scale=scaling, causal=True
+    ).unsqueeze(0)
+
+
+_KERNELS = {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa_per_segment}
+
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
 # The stock path under this name needs the masks that SDPA needs; the packed path builds none.
 AttentionMaskInterface.register(SEGMENT_ATTENTION, sdpa_mask)
+for _kernel, _name in KERNEL_NAMES.items():
+    AttentionInterface.register(_name, partial(segment_attention, kernel=_kernel))
+    AttentionMaskInterface.register(_name, sdpa_mask)

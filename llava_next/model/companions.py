@@ -41,11 +41,7 @@ def write_companions(
 
     tokenizer.save_pretrained(out)
     tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
-    # transformers 5 writes a class name that 4.x refuses; this one both know
-    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer_config["chat_template"] = template.jinja
-    tokenizer_config["processor_class"] = "LlavaNextProcessor"
-    write_json("tokenizer_config.json", tokenizer_config)
+    write_json("tokenizer_config.json", portable_tokenizer_config(tokenizer_config, template))
     (out / "chat_template.jinja").write_text(template.jinja)
     write_json("chat_template.json", {"chat_template": template.jinja})
     write_json("preprocessor_config.json", image_processor_config(config))
@@ -68,6 +64,24 @@ def write_companions(
             "pad_token_id": tokenizer.pad_token_id,
         },
     )
+
+
+def portable_tokenizer_config(written: dict, template: Template) -> dict:
+    """tokenizer_config.json as transformers 5 writes it, in the words that 4.45 and later understand alike."""
+    config = {key: value for key, value in written.items() if key not in ("backend", "is_local", "local_files_only")}
+    # 4.49 to 4.57 take the new name for a mapping and fail on a list; 5.x knows both names
+    extra = config.pop("extra_special_tokens", None)
+    if isinstance(extra, list):
+        config["additional_special_tokens"] = extra
+    return config | {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 5 writes a name that 4.x refuses
+        "processor_class": "LlavaNextProcessor",
+        "chat_template": template.jinja,
+        # the class's own names in 4.x include token_type_ids, which no model here takes
+        "model_input_names": ["input_ids", "attention_mask"],
+        # True in 4.x where nothing is said: " ," is then decoded as ","
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def image_processor_config(config: LlavaNextConfig) -> dict:

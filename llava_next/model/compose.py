@@ -6,6 +6,7 @@ newline, vocabulary rows) is seeded.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from llava_next.model.sources import CheckpointWeights, RandomWeights, resolve_f
 from llava_next.templates import IMAGE_TOKEN, get_template
 
 LLM_KINDS = ("llama", "qwen2", "mistral")
+VOCABULARY_KEYS = ("embed_tokens.weight", "lm_head.weight")
 VOCABULARY_MULTIPLE = 64  # rows of embedding and head are padded to this, as in the published checkpoints
 
 
@@ -45,13 +47,12 @@ def vision_part(name: str) -> Part:
     """The vision tower of a checkpoint (a CLIP or SigLIP model, with or without its text half).
 
     Raises:
-        ValueError: a tower of another kind.
+        ValueError: a tower of another kind, a folder without config or weights.
     """
     folder = resolve_folder(name)
-    config = AutoConfig.from_pretrained(folder)
+    config = _read_config(folder)
     config = getattr(config, "vision_config", config)
-    if config.model_type not in NORMALISATION:
-        raise ValueError(f"{name}: vision towers are {sorted(NORMALISATION)}, not {config.model_type!r}")
+    _check_kind(config, tuple(NORMALISATION), "vision towers", name)
     return Part(config, CheckpointWeights(folder))
 
 
@@ -59,13 +60,30 @@ def llm_part(name: str) -> Part:
     """The language model of a checkpoint.
 
     Raises:
-        ValueError: a model of another kind.
+        ValueError: a model of another kind, a folder without config or weights.
     """
     folder = resolve_folder(name)
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in LLM_KINDS:
-        raise ValueError(f"{name}: language models are {list(LLM_KINDS)}, not {config.model_type!r}")
+    config = _read_config(folder)
+    _check_kind(config, LLM_KINDS, "language models", name)
     return Part(config, CheckpointWeights(folder))
+
+
+def _check_kind(config: PretrainedConfig, kinds: tuple[str, ...], what: str, name: str) -> None:
+    if config.model_type not in kinds:
+        raise ValueError(f"{name}: {what} are {', '.join(kinds)}, not {config.model_type!r}")
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        raise ValueError(
+            f"{folder}: config.json is of the kind {kind!r}, which this transformers does not know; vision towers are "
+            f"{', '.join(NORMALISATION)}, language models {', '.join(LLM_KINDS)}"
+        ) from error
 
 
 def random_part(config: PretrainedConfig, seed: int) -> Part:
@@ -103,12 +121,14 @@ def compose(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new folder or remove it")
+    _check_kind(vision.config, tuple(NORMALISATION), "vision towers", vision.weights.label)
+    _check_kind(llm.config, LLM_KINDS, "language models", llm.weights.label)
     template = get_template(template_name)
     template.prepare_tokenizer(tokenizer)
     config = compose_config(vision.config, llm.config, tokenizer, pinpoints)
     sources = source_of_keys(config, vision, llm)
     out.mkdir(parents=True, exist_ok=True)
-    write_weights(((key, t.to(dtype)) for key, t in composed_tensors(config, sources, seed)), out, max_file_bytes)
+    write_weights(composed_tensors(config, sources, seed), out, max_file_bytes, dtype)
     write_config(config, out, dtype)
     write_companions(config, tokenizer, template, out)
     return out
@@ -155,25 +175,37 @@ def source_of_keys(config: LlavaNextConfig, vision: Part, llm: Part) -> dict[str
     """For every key of the new folder: the part that has it (None: new), its name there, its shape in the new model.
 
     Raises:
-        ValueError: a part lacks weights of the architecture that its config describes.
+        ValueError: a part lacks weights of the architecture that its config describes, or has them in another shape.
     """
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(config)
     shapes = {file_key(name): p.shape for name, p in model.named_parameters()}
     available: dict[str, tuple[Part, str]] = {}
-    for part in (vision, llm):
+    for part, prefix in ((vision, "vision_tower."), (llm, "language_model.")):
         for name in part.weights.names():
             available[_composed_key(part is vision, name)] = (part, name)
+        wanted = [key for key in shapes if key.startswith(prefix)]
+        if missing := [key for key in wanted if key not in available]:
+            raise ValueError(
+                f"{part.weights.label} lacks {len(missing)} of the {len(wanted)} weights of a {part.config.model_type} "
+                f"model, e.g. {', '.join(missing[:3])}; is it incomplete, or not the model its config.json says?"
+            )
+    for key, (part, name) in available.items():
+        if key in shapes and not _fits(part.weights.shapes[name], shapes[key], key):
+            raise ValueError(
+                f"{part.weights.label}: {name} is {tuple(part.weights.shapes[name])}, but its config.json asks for "
+                f"{tuple(shapes[key])}; weights and config are of two models"
+            )
     new = {key for key in shapes if key.startswith(("multi_modal_projector.", "image_newline"))}
-    missing = sorted(set(shapes) - set(available) - new)
-    if missing:
-        raise ValueError(
-            f"the checkpoints lack {len(missing)} of {len(shapes)} weights, e.g. {missing[:4]}; is one of them "
-            "incomplete, or not the kind of model its config.json says?"
-        )
     # sources first and in their files' order, so that every file is opened once
     order = [key for key in available if key in shapes] + [key for key in shapes if key in new]
     return {key: (*available.get(key, (None, key)), shapes[key]) for key in order}
+
+
+def _fits(shape: torch.Size, wanted: torch.Size, key: str) -> bool:
+    if key.endswith(VOCABULARY_KEYS):  # rows are appended
+        return shape[1:] == wanted[1:] and shape[0] <= wanted[0]
+    return shape == wanted
 
 
 def _composed_key(is_vision: bool, name: str) -> str:
@@ -186,21 +218,13 @@ def _composed_key(is_vision: bool, name: str) -> str:
 def composed_tensors(
     config: LlavaNextConfig, sources: dict[str, tuple[Part | None, str, torch.Size]], seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key, tensor) of the whole model, one at a time.
-
-    Raises:
-        ValueError: a tensor's shape is not the architecture's.
-    """
+    """(key, tensor) of the whole model, one at a time."""
     for key, (part, name, shape) in sources.items():
         if part is None:
             yield key, new_tensor(key, shape, config, seed)
             continue
         tensor = part.weights.get(name)
-        if key.endswith(("embed_tokens.weight", "lm_head.weight")):
-            tensor = pad_rows(tensor, shape[0])
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: the checkpoint has {tuple(tensor.shape)}, its config asks for {tuple(shape)}")
-        yield key, tensor
+        yield key, pad_rows(tensor, shape[0]) if key.endswith(VOCABULARY_KEYS) else tensor
 
 
 def new_tensor(key: str, shape: torch.Size, config: LlavaNextConfig, seed: int) -> torch.Tensor:
@@ -219,10 +243,19 @@ def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     missing = rows - weight.shape[0]
     if missing <= 0:
         return weight
-    mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight, mean.expand(missing, -1)])
+    # in chunks: a float32 copy of LLaMA3's embedding would be 2 GB
+    mean = sum(chunk.float().sum(dim=0) for chunk in weight.split(8192)) / weight.shape[0]
+    return torch.cat([weight, mean.to(weight.dtype).expand(missing, -1)])
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a language model's folder or repository."""
-    return AutoTokenizer.from_pretrained(resolve_folder(name), use_fast=True)
+    """The fast tokenizer of a language model's folder or repository.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = resolve_folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no tokenizer could be loaded ({error}); give the language model's own") from error

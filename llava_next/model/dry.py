@@ -1,16 +1,227 @@
-"""Architectures that need no download: the demo's tiny CLIP + Llama and a tokenizer trained on the text at hand."""
+"""Architectures that need no download: the published ones at three sizes, and the quickstart's demo model.
+
+Configs are the published config.json files, written out. Shrunk ones keep what makes an architecture behave as it
+does (tile and patch size, ratio of query to key heads, biases, activations, norm epsilon, rotary base, vocabulary,
+tied or not) and have few, thin layers. Their tokenizer is trained on the text at hand.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from llava_next.templates import get_template
 
-# 32 px tiles of 2 x 2 patches, the five canvases of the published recipe
-DEMO_PINPOINTS = ((64, 32), (32, 64), (64, 64), (32, 96), (96, 32))
+TOWERS = {
+    "openai/clip-vit-large-patch14-336": (
+        CLIPVisionConfig,
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+    ),
+    "google/siglip-so400m-patch14-384": (
+        SiglipVisionConfig,
+        {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+        },
+    ),
+}
+
+LLMS = {
+    "lmsys/vicuna-7b-v1.5": (
+        LlamaConfig,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (
+        LlamaConfig,
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "bos_token_id": 128000,
+            "eos_token_id": 128009,
+        },
+    ),
+    "Qwen/Qwen2-7B-Instruct": (
+        Qwen2Config,  # its query, key and value projections have biases by definition
+        {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "use_sliding_window": False,
+            "sliding_window": 131072,
+            "max_window_layers": 28,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+        },
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.2": (
+        MistralConfig,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How far an architecture is shrunk.
+
+    Args:
+        vision_layers, text_layers: number of layers; the tower's last one is never used.
+        vision_heads: heads of the tower; the language model has `key_heads` or, with grouped queries, two.
+        key_heads: key heads of a language model whose every query head has its own.
+        vision_shrink, text_shrink: head dimensions are divided by these.
+    """
+
+    vision_layers: int
+    text_layers: int
+    vision_heads: int
+    key_heads: int
+    vision_shrink: int
+    text_shrink: int
+
+
+SCALES: dict[str, Scale | None] = {
+    "tiny": Scale(vision_layers=3, text_layers=2, vision_heads=2, key_heads=8, vision_shrink=8, text_shrink=16),
+    "small": Scale(vision_layers=5, text_layers=4, vision_heads=8, key_heads=8, vision_shrink=2, text_shrink=2),
+    "full": None,
+}
+
+
+def architecture(name: str) -> PretrainedConfig:
+    """The config of a published tower or language model, without network, or that of a local folder.
+
+    Raises:
+        ValueError: neither a known name nor a folder with a config.json, or one of another kind.
+    """
+    known = TOWERS | LLMS
+    if name in known:
+        config_class, values = known[name]
+        values = dict(values)
+        if "rope_theta" in values:
+            values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+        return config_class(**values, tie_word_embeddings=False) if name in LLMS else config_class(**values)
+    if not (Path(name) / "config.json").exists():
+        raise ValueError(f"{name}: known architectures are {', '.join(known)}; or give a folder with a config.json")
+    config = AutoConfig.from_pretrained(name)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in {config_class.model_type for config_class, _ in known.values()}:
+        raise ValueError(f"{name}: {config.model_type!r} is no architecture that this project composes")
+    return config
+
+
+def scaled(config: PretrainedConfig, scale: str) -> PretrainedConfig:
+    """The same architecture with few, thin layers.
+
+    Args:
+        config: of a tower or a language model.
+        scale: `tiny` (2 text layers of width 64 to 112), `small` (4 of 512 to 896) or `full` (unchanged).
+
+    Returns:
+        A new config.
+
+    Raises:
+        ValueError: no such scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"no scale {scale!r}: choose one of {', '.join(SCALES)}")
+    values = config.to_dict()
+    size = SCALES[scale]
+    if size is None:
+        return type(config).from_dict(values)
+    values.pop("layer_types", None)  # derived from the number of layers
+    head_dim = values.pop("head_dim", None) or config.hidden_size // config.num_attention_heads
+    if "num_key_value_heads" in values:
+        ratio = config.num_attention_heads // config.num_key_value_heads
+        head_dim //= size.text_shrink
+        # two key heads at least: with one, a wrong order of repeated heads would not show
+        values["num_key_value_heads"] = max(2, size.key_heads // ratio)
+        values["num_attention_heads"] = values["num_key_value_heads"] * ratio
+        values["num_hidden_layers"] = size.text_layers
+    else:
+        head_dim //= size.vision_shrink
+        values["num_attention_heads"] = size.vision_heads
+        values["num_hidden_layers"] = size.vision_layers
+        if "projection_dim" in values:
+            values["projection_dim"] = size.vision_heads * head_dim
+    values["hidden_size"] = values["num_attention_heads"] * head_dim
+    values["intermediate_size"] = round(values["hidden_size"] * config.intermediate_size / config.hidden_size / 8) * 8
+    return type(config).from_dict(values)
+
+
+# (height, width) canvases for 32 px tiles: one for every layout of up to six digits, so that each digit gets a tile
+DEMO_PINPOINTS = tuple(
+    (32 * rows, 32 * cols)
+    for rows, cols in (
+        *((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)),
+        *((1, 5), (5, 1), (1, 6), (6, 1), (2, 3), (3, 2)),
+    )
+)
 
 
 def demo_configs() -> tuple[PretrainedConfig, PretrainedConfig]:
@@ -38,34 +249,57 @@ def demo_configs() -> tuple[PretrainedConfig, PretrainedConfig]:
     return vision, llm
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Llama's special tokens, trained on `texts`; digits stay single tokens.
+# special tokens, beginning-of-sequence and end token of each template's family; unlisted: Llama-2's
+LLAMA_TOKENS = (("<unk>", "<s>", "</s>"), "<s>", "</s>")
+FAMILY_TOKENS = {
+    "llama_3": (
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+    ),
+    "qwen": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|endoftext|>"),
+}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, template_name: str = "vicuna_v1") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a family's special tokens, trained on `texts`; digits stay single tokens.
 
     Args:
         texts: any strings; unseen ones still encode, byte by byte.
         vocab_size: at most this many tokens.
+        template_name: the chat template that it will be used with.
     """
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    special, bos, eos = FAMILY_TOKENS.get(template_name, LLAMA_TOKENS)
+    unknown = "<unk>" if "<unk>" in special else None
+    tokenizer = Tokenizer(models.BPE(unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<unk>", "<s>", "</s>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if bos:
+        pair = (bos, special.index(bos))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[pair])
+    names = {"unk_token": unknown, "bos_token": bos, "eos_token": eos}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=1024
+        tokenizer_object=tokenizer,
+        **{name: token for name, token in names.items() if token},
+        model_max_length=1024,
     )
 
 
 def corpus_texts(samples: list[dict], template_name: str) -> list[str]:
-    """The strings of a LLaVA JSON file's conversations plus the template's own words, to train a tokenizer on."""
+    """The strings of a LLaVA JSON file's conversations plus the template's own words, to train a tokenizer on.
+
+    Without samples, the template's own words.
+    """
     template = get_template(template_name)
     frame = " ".join((template.system, *template.user, template.header, *template.answer))
     texts = [turn["value"] for sample in samples for turn in sample["conversations"]]
-    return texts + [frame] * len(samples)  # the template's words are in every sample
+    return texts + [frame] * max(1, len(samples))  # the template's words are in every sample

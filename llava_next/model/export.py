@@ -52,8 +52,9 @@ class SafetensorsWriter:
     the index. A single file is named `model.safetensors` and has no index.
     """
 
-    def __init__(self, folder: Path, max_file_bytes: int = MAX_FILE_BYTES):
+    def __init__(self, folder: Path, max_file_bytes: int = MAX_FILE_BYTES, dtype: torch.dtype | None = None):
         self.folder = Path(folder)
+        self.dtype = dtype  # None: as the tensors come
         self.max_file_bytes = max_file_bytes
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
@@ -61,16 +62,20 @@ class SafetensorsWriter:
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
         """Takes a tensor (any device); writes out a file when the limit would be passed."""
-        size = tensor.numel() * tensor.element_size()
+        dtype = self.dtype or tensor.dtype
+        size = tensor.numel() * dtype.itemsize
         if self._pending and self._pending_bytes + size > self.max_file_bytes:
             self._flush()
-        # clone: a view into a larger buffer would keep that buffer alive, and safetensors refuses shared memory
-        self._pending[key] = tensor.detach().to("cpu").contiguous().clone()
+        # one copy, always: a view would keep its whole buffer alive, and safetensors refuses shared memory
+        self._pending[key] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         self._pending_bytes += size
 
     def _flush(self) -> None:
         path = self.folder / f"part-{len(self._files):05d}.safetensors"
         save_file(self._pending, path, metadata={"format": "pt"})
+        # safetensors makes files that only their owner may read: as readable as their folder, which honours the umask
+        path.chmod(self.folder.stat().st_mode & 0o666)
+        flush_to_disk(path)
         self._files.append({k: v.numel() * v.element_size() for k, v in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
 
@@ -116,37 +121,80 @@ def save_model(
 ) -> Path:
     """Writes a model folder that stock `from_pretrained` loads. All ranks must call it; the main one writes.
 
-    The folder appears under its name only when it is complete; an older one of that name is replaced.
+    The folder appears under its name only when it is complete and on disk; an older one of that name is replaced.
+    At no moment is there neither: a kill between the two renames leaves the old one as `FOLDER.old`, which the next
+    call puts back before it starts.
 
     Args:
         model: the model, sharded by FSDP2 or not, wrapped for activation checkpointing or not.
         companions: folder with tokenizer, processor and template files to take along.
         dtype: of every tensor written, and what config.json states.
-        max_file_bytes: size limit of one safetensors file.
+        max_file_bytes: size limit of one safetensors file. Beside the model, memory holds one file's tensors and
+            the gathered tensor that is being copied into it.
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: a parameter that is not part of the layout.
+        OSError: the folder cannot be written. The other ranks are not left waiting: the main one gathers to the end
+            before it raises.
     """
     folder = Path(folder)
-    aside = folder.with_name(folder.name + ".tmp")
-    if not is_main_process:
-        for _ in full_tensors(model):
+    gathered = full_tensors(model)
+    try:
+        if is_main_process:
+            aside = folder.with_name(folder.name + ".tmp")
+            old = folder.with_name(folder.name + ".old")
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write_weights(((file_key(name), t) for name, t in gathered), aside, max_file_bytes, dtype)
+            write_config(model.config, aside, dtype)
+            if companions is not None:
+                copy_companions(companions, aside)
+            replace_folder(aside, folder, old)
+    finally:
+        for _ in gathered:
             pass
-        return folder
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write_weights(((file_key(name), t.to(dtype)) for name, t in full_tensors(model)), aside, max_file_bytes)
-    write_config(model.config, aside, dtype)
-    if companions is not None:
-        copy_companions(companions, aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
     return folder
 
 
-def write_weights(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_file_bytes: int) -> None:
-    """Writes (key, tensor) pairs, already in the file's names and dtype."""
-    with SafetensorsWriter(folder, max_file_bytes) as writer:
+def replace_folder(aside: Path, folder: Path, old: Path) -> None:
+    """Puts the finished folder `aside` in the place of `folder`, on disk before it is visible.
+
+    A folder with files in it cannot be renamed over, so the previous one waits as `old` for the new one to be there.
+    """
+    for path in aside.iterdir():
+        flush_to_disk(path)
+    flush_to_disk(aside)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    flush_to_disk(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # some network file systems cannot do this for a folder
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_file_bytes: int, dtype: torch.dtype | None = None
+) -> None:
+    """Writes (key, tensor) pairs, already under the file's names; in `dtype`, or each in its own."""
+    with SafetensorsWriter(folder, max_file_bytes, dtype) as writer:
         for key, tensor in tensors:
             writer.add(key, tensor)
 

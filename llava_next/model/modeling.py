@@ -200,7 +200,12 @@ def used_layers(num_layers: int, feature_layer: int) -> int:
     """How many encoder layers run before the features are taken: 23 of 24 for CLIP-L with layer -2.
 
     `hidden_states` has `num_layers + 1` entries, the first being the embeddings.
+
+    Raises:
+        ValueError: no such layer, or a list of layers.
     """
+    if not isinstance(feature_layer, int):
+        raise ValueError(f"vision_feature_layer {feature_layer}: features of several layers are not supported; use one")
     used = feature_layer if feature_layer >= 0 else num_layers + 1 + feature_layer
     if not 0 <= used <= num_layers:
         raise ValueError(f"vision_feature_layer {feature_layer} does not exist in a tower of {num_layers} layers")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 
@@ -42,14 +43,27 @@ class CheckpointWeights:
     Safetensors files are memory-mapped. A folder that has only `pytorch_model*.bin` (Vicuna is published that way)
     goes through torch's weights-only reader, which builds tensors and runs nothing from the file.
 
+    Every file's header is read at once, so that a missing or cut-off file is found before anything is written.
+
+    Attributes:
+        label: what errors call this checkpoint.
+        shapes: shape of every tensor.
+
     Raises:
-        ValueError: no weights, or a file that the index names is missing.
+        ValueError: no weights, a file that the index names is missing or unreadable, or lacks a tensor it should have.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.label = folder, str(folder)
         self._open: tuple[str, Callable[[str], torch.Tensor]] | None = None
         self._file_of = self._read_index()
+        found = {file: self._header(file) for file in sorted(set(self._file_of.values()))}
+        if missing := [(key, file) for key, file in self._file_of.items() if key not in found[file]]:
+            raise ValueError(
+                f"{folder}: {len(missing)} tensors are not in the files that the index names for them, e.g. "
+                f"{missing[0][0]} in {missing[0][1]}; fetch the checkpoint again"
+            )
+        self.shapes = {key: found[file][key] for key, file in self._file_of.items()}
 
     def _read_index(self) -> dict[str, str]:
         for single in ("model.safetensors", "pytorch_model.bin"):
@@ -58,17 +72,25 @@ class CheckpointWeights:
                 file_of = json.loads(index.read_text())["weight_map"]
                 missing = sorted({f for f in file_of.values() if not (self.folder / f).exists()})
                 if missing:
-                    raise ValueError(f"{self.folder}: {index.name} names files that are not there: {missing[:5]}")
+                    raise ValueError(
+                        f"{self.folder}: {index.name} names {len(missing)} files that are not there: "
+                        f"{', '.join(missing[:5])}; finish the download or copy them"
+                    )
                 return file_of
             if (self.folder / single).exists():
-                return dict.fromkeys(self._names(single), single)
+                return dict.fromkeys(self._header(single), single)
         raise ValueError(f"{self.folder}: no model.safetensors, no pytorch_model.bin and no index of either")
 
-    def _names(self, file: str) -> list[str]:
-        if file.endswith(".safetensors"):
-            with safe_open(self.folder / file, "pt") as opened:
-                return list(opened.keys())
-        return list(torch.load(self.folder / file, map_location="meta", weights_only=True))
+    def _header(self, file: str) -> dict[str, torch.Size]:
+        path = self.folder / file
+        try:
+            if file.endswith(".safetensors"):
+                with safe_open(path, "pt") as opened:
+                    return {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+        except (SafetensorError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+        return {key: tensor.shape for key, tensor in tensors.items()}
 
     def names(self) -> list[str]:
         """Names in the order of the files, so that reading them in turn opens each file once."""
@@ -93,6 +115,8 @@ class RandomWeights:
     convolutions normal with 1/sqrt(fan-in), which keeps activations near unit size at any width. A tensor depends on
     the seed and its name only, so files, order and machine do not change it.
     """
+
+    label = "random weights"
 
     def __init__(self, shapes: dict[str, torch.Size], seed: int, std: float = 0.02):
         self.shapes, self.seed, self.std = shapes, seed, std

@@ -107,6 +107,8 @@ class RunConfig:
         model: folder of the model to start from (see scripts/compose.py), or of stage 1's result.
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
         data, optim, checkpoint: see there.
+        attn_implementation: segment attention's kernel: torch's varlen (CUDA), flash-attn, one SDPA call a segment, or
+            the best that runs here.
         seed: of the data order.
         max_steps: stop after this many steps although the schedule goes on; null runs to the end.
         log_every: steps between console lines.
@@ -117,6 +119,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    attn_implementation: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
     seed: int = 42
     max_steps: int | None = None
     log_every: int = 10

@@ -90,6 +90,7 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer_of) -> tuple[nn.
         # written costs an address and no RAM; rank 0's values arrive in `prepare`.
         buffers = {name: b for name, b in model.named_buffers() if not b.is_meta}
         model.to_empty(device="cpu")
+        model.tie_weights()  # an embedding that is also the head came apart
         for name, buffer in model.named_buffers():
             if name in buffers:
                 buffer.data = buffers[name].data

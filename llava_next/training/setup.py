@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from llava_next.anyres import AnyRes
-from llava_next.data.encode import Encoder
+from llava_next.data.encode import Encoder, check_vocabulary
 from llava_next.data.loader import Mixture
+from llava_next.model.attention import attention_names, check_window, choose_attention
+from llava_next.model.check import check_folder
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
 from llava_next.training.config import RunConfig
@@ -49,6 +51,7 @@ def load_parts(config: RunConfig) -> Parts:
         raise ValueError(
             f"model: {folder} is a {model_config.model_type!r} checkpoint; scripts/compose.py makes a LLaVA-NeXT of it"
         )
+    check_window(model_config.text_config, config.data.max_length)
     template = get_template(config.data.template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # asked in one way and trained in another: the loss would not show it
@@ -58,6 +61,7 @@ def load_parts(config: RunConfig) -> Parts:
             f"--template {template.name}, or train with the template it was composed for"
         )
     template.check_tokenizer(tokenizer)
+    check_vocabulary(tokenizer, model_config.text_config.vocab_size)
     vision = model_config.vision_config
     anyres = AnyRes(vision.image_size, vision.patch_size, [tuple(p) for p in model_config.image_grid_pinpoints])
     encoder = Encoder(template, tokenizer, model_config.image_token_id, anyres, config.data.max_length)
@@ -139,8 +143,16 @@ def dealing_line(config: RunConfig, mixture: Mixture, world: int) -> str:
 def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Loads the weights, freezes what has no rate, shards, and makes the optimizer over the shards."""
     transformers_logging.disable_progress_bar()
-    dtype = torch.float32 if accelerator.mixed_precision == "no" else "auto"
-    model = LlavaNextForConditionalGeneration.from_pretrained(config.model, dtype=dtype)
+    full_precision = accelerator.mixed_precision == "no"
+    kernel, reason = choose_attention(
+        config.attn_implementation, accelerator.device, torch.float32 if full_precision else torch.bfloat16
+    )
+    accelerator.print(f"attention  {kernel}: {reason}", flush=True)
+    model = LlavaNextForConditionalGeneration.from_pretrained(
+        config.model,
+        dtype=torch.float32 if full_precision else "auto",
+        attn_implementation=attention_names(kernel),
+    )
     optim = config.optim
     freeze(model, optim.rates)
     return shard(
@@ -148,3 +160,18 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
         model,
         lambda m: build_optimizer(m, optim.rates, tuple(optim.betas), optim.eps, optim.weight_decay),
     )
+
+
+def report_export(folder: Path) -> None:
+    """Checks a model folder just written and prints what was found.
+
+    Raises:
+        RuntimeError: the folder would not load or answer as trained.
+    """
+    findings = check_folder(folder)
+    failed = [finding for finding in findings if not finding.ok]
+    for finding in failed:
+        print(finding, flush=True)
+    if failed:
+        raise RuntimeError(f"{folder} was written but fails {len(failed)} of {len(findings)} checks, see above")
+    print(f"model written to {folder}; {len(findings)} checks passed", flush=True)

@@ -9,7 +9,7 @@ import sys
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny import pack_tiny, random_samples
+from tiny import geometry, pack_tiny, random_samples
 
 from llava_next.model.export import full_tensors
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
@@ -17,20 +17,26 @@ from llava_next.training.loop import agree_on_step, slot_weights
 from llava_next.training.optim import Rates, build_optimizer, freeze
 from llava_next.training.parallel import build_accelerator, shard
 
-SAMPLES = [*random_samples(1, 5, images=(1, 2)), *random_samples(2, 1, images=(0,))]
-for slot, (example, _) in enumerate(SAMPLES):
-    example.slot = slot
+
+def samples_of(anyres):
+    """Five samples with images and a text-only one, in slots 0 to 5."""
+    samples = [*random_samples(1, 5, images=(1, 2), anyres=anyres), *random_samples(2, 1, images=(0,), anyres=anyres)]
+    for slot, (example, _) in enumerate(samples):
+        example.slot = slot
+    return samples
 
 
-def micro_batches(rank: int, world: int):
+def micro_batches(rank: int, world: int, anyres):
     """Two micro-batches for this rank; text only and nothing on rank 0, all images elsewhere."""
-    examples = [e for e, _ in SAMPLES]
+    examples = [e for e, _ in samples_of(anyres)]
     if world == 1:
-        return [pack_tiny(examples[:3]), pack_tiny(examples[3:])]
-    if rank == 0:
-        return [pack_tiny(examples[5:]), pack_tiny([])]
-    mine = [e for i, e in enumerate(examples[:5]) if i % (world - 1) == rank - 1]
-    return [pack_tiny(mine[:2]), pack_tiny(mine[2:])]
+        parts = (examples[:3], examples[3:])
+    elif rank == 0:
+        parts = (examples[5:], [])
+    else:
+        mine = [e for i, e in enumerate(examples[:5]) if i % (world - 1) == rank - 1]
+        parts = (mine[:2], mine[2:])
+    return [pack_tiny(part, anyres) for part in parts]
 
 
 def main(folder: str, out: str, *frozen: str) -> None:
@@ -40,8 +46,8 @@ def main(folder: str, out: str, *frozen: str) -> None:
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
     freeze(model, rates)
     model, _ = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0))
-    micros = micro_batches(accelerator.process_index, accelerator.num_processes)
-    counts = agree_on_step(micros, len(SAMPLES), stop=False)
+    micros = micro_batches(accelerator.process_index, accelerator.num_processes, geometry(model.config))
+    counts = agree_on_step(micros, 6, stop=False)
     weights = slot_weights(counts.supervised, "token")
     total = torch.zeros(())
     for batch in micros:
@@ -60,4 +66,5 @@ def main(folder: str, out: str, *frozen: str) -> None:
     accelerator.end_training()
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,34 @@
+"""Proves a model folder: weights, configuration, processor, tokenizer and chat template agree.
+
+    python scripts/check_export.py runs/finetune/model
+
+Prints a line for each check; ends with exit code 1 when one failed. Loads no weights.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers.utils import logging
+
+from llava_next.model.check import check_folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="model folder")
+    args = parser.parse_args(arguments)
+    if not args.folder.is_dir():
+        sys.exit(f"error: {args.folder} is no folder")
+    logging.set_verbosity_error()
+
+    findings = check_folder(args.folder)
+    for finding in findings:
+        print(finding)
+    failed = sum(not finding.ok for finding in findings)
+    print(f"{args.folder}: {f'{failed} of {len(findings)} checks FAILED' if failed else 'sound'}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Older transformers releases load the exports of every pairing and compute the same.
+
+Builds a virtual environment for each release (torch as installed here; about 1.2 GB and a minute or two
+each) and keeps it in `~/.cache/llava-next-tests`, or in the folder that LLAVA_NEXT_TEST_CACHE names. To run it:
+
+    LLAVA_NEXT_OLD_TRANSFORMERS=1 python -m pytest tests/test_old_transformers.py
+
+Known limit: 4.45 wants a CLS token from every vision tower, so a SigLIP model loads there and answers text, but its
+code refuses any picture, whatever the files say.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from exports import LLMS, PAIRINGS, compose_pairing, export_pairing
+
+WANTED = os.environ.get("LLAVA_NEXT_OLD_TRANSFORMERS") == "1"
+RELEASES = ("4.45.2", "4.49.0", "4.57.6")
+WORKER = Path(__file__).parent / "workers" / "load_export.py"
+CACHE = Path(os.environ.get("LLAVA_NEXT_TEST_CACHE", Path.home() / ".cache" / "llava-next-tests"))
+TOLERANCE = 1e-5
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not WANTED, reason="builds an environment for each old transformers; set LLAVA_NEXT_OLD_TRANSFORMERS=1 to run"
+    ),
+]
+
+
+def environment(release: str) -> Path:
+    """The Python of a virtual environment with that transformers and this one's torch, numpy and Pillow."""
+    folder = CACHE / f"transformers-{release}-torch-{version('torch').split('+')[0]}"
+    if not (folder / "complete").exists():
+        venv.create(folder, clear=True, with_pip=True)
+        same = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "numpy", "pillow")]
+        command = [folder / "bin" / "python", "-m", "pip", "install", "-q", f"transformers=={release}", *same]
+        done = subprocess.run([*command, "jinja2"], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "complete").touch()
+    return folder / "bin" / "python"
+
+
+def load_all(python: str | Path, exports: Path, out: Path) -> Path:
+    """Runs the worker on every export; returns its folder of results."""
+    folders = sorted(map(str, exports.iterdir()))
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [str(python), str(WORKER), str(out), *folders], env=variables, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> Path:
+    """Every pairing exported in bf16, and in fp32 to compare logits closely."""
+    root = tmp_path_factory.mktemp("pairings")
+    for vision, llm in PAIRINGS:
+        base = compose_pairing(root / "base" / f"{vision}-{llm}", vision, llm)
+        for dtype in (torch.float32, torch.bfloat16):
+            export_pairing(base, root / "exports" / f"{base.name}-{str(dtype).removeprefix('torch.')}", dtype)
+    return root / "exports"
+
+
+@pytest.fixture(scope="module")
+def present(exports, tmp_path_factory) -> Path:
+    return load_all(sys.executable, exports, tmp_path_factory.mktemp("present"))
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def old(request, exports, tmp_path_factory) -> Path:
+    return load_all(environment(request.param), exports, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pairing", PAIRINGS, ids="-".join)
+def test_old_release_loads_every_key_and_computes_the_same(old, present, pairing, dtype):
+    name = f"{'-'.join(pairing)}-{dtype}"
+    theirs, ours = (json.loads((folder / f"{name}.json").read_text()) for folder in (old, present))
+    assert not any(theirs["loading"].values()), theirs["loading"]
+    assert theirs["dtype"] == f"torch.{dtype}" and theirs["auto_class"] == "LlavaNextForConditionalGeneration"
+    assert theirs["rope_theta"] == ours["rope_theta"] == LLMS[pairing[1]][4]
+    for key in ("texts", "special", "generation_eos", "batch_ids", "roundtrip"):
+        assert theirs[key] == ours[key], key
+    sees = not (theirs["version"].startswith("4.45.") and pairing[0] == "siglip")
+    assert len(ours["ids"]) == 5 and set(theirs["ids"]) == (set(ours["ids"]) if sees else {"text"})
+    for case in theirs["ids"]:
+        assert theirs["ids"][case] == ours["ids"][case], case  # the same number of image tokens among them
+        assert theirs["greedy"][case] == ours["greedy"][case], case
+        assert theirs["answers"][case] == ours["answers"][case], case
+    their_tensors, our_tensors = (torch.load(folder / f"{name}.pt") for folder in (old, present))
+    for case, value in their_tensors.items():
+        if dtype == "float32" or case.startswith("pixels"):
+            torch.testing.assert_close(value, our_tensors[case], rtol=TOLERANCE, atol=TOLERANCE)
