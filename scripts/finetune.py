@@ -86,7 +86,7 @@ def train(config: RunConfig, parts, mixture, checkpoint: Path | None, state: dic
 
     save_model(model, run_dir / "model", config.model, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
-        report_export(run_dir / "model")
+        report_export(run_dir / "model", config.data.keep_template)
     accelerator.end_training()
 
 

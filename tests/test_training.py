@@ -23,6 +23,7 @@ from llava_next.training.checkpoint import checkpoint_to_resume, complete_checkp
 from llava_next.training.config import parse_run, save_run
 from llava_next.training.loop import slot_weights
 from llava_next.training.optim import rate_multiplier, warmup_steps
+from llava_next.training.setup import report_export
 
 SAMPLES, BATCH = 96, 16
 
@@ -209,6 +210,27 @@ def test_bad_input_is_one_error_that_names_it_before_anything_loads(
     message = f"{stopped.value} {capsys.readouterr().err}"
     assert expected in message and "Traceback" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_folder_with_a_template_of_its_own_trains_when_asked_and_keeps_it(demo, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "published"
+    shutil.copytree(demo / "base", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink()
+    run = {**GOOD, "--model": str(folder), "--run_dir": str(tmp_path / "run"), "--data.sources": str(demo / "shards")}
+    arguments = ["finetune.py", "--dry_run", *(x for pair in run.items() for x in pair)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="keep_template"):
+        finetune.main(None)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--data.keep_template", "true"])
+    finetune.main(None)
+    assert "template mistral" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"fails \d of 10 checks"):
+        report_export(folder)
+    report_export(folder, keep_template=True)
 
 
 def test_unknown_key_in_a_recipe_file_is_named(tmp_path, capsys):

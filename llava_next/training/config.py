@@ -39,6 +39,8 @@ class DataConfig:
     Args:
         sources: data sets of the mixture: a path, or a list of paths and `Source`s.
         template: chat template of the training text; `plain` in stage 1.
+        keep_template: allow a model folder whose saved chat template is not this one (a published llava-hf folder's
+            own); the result keeps the folder's, so it is asked in another form than it was trained in.
         batch_size: samples of an optimizer step, over all ranks.
         epochs: passes over the mixture.
         max_length: tokens of a sample, image tokens included; longer ones are cut at the end.
@@ -51,6 +53,7 @@ class DataConfig:
 
     sources: str | list[str | Source] = field(default_factory=list)
     template: str = "vicuna_v1"
+    keep_template: bool = False
     batch_size: int = 128
     epochs: int = 1
     max_length: int = 4096
