@@ -15,7 +15,7 @@ from llava_next.model.export import save_model
 from llava_next.training.checkpoint import checkpoint_to_resume, load_checkpoint, read_manifest
 from llava_next.training.config import RunConfig, parse_run, save_run
 from llava_next.training.loop import Trainer
-from llava_next.training.parallel import build_accelerator, require_fsdp2_launch
+from llava_next.training.parallel import build_accelerator, finish, require_fsdp2_launch
 from llava_next.training.setup import build_model, load_parts, open_mixture, plan_banner, report_export
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -81,13 +81,12 @@ def train(config: RunConfig, parts, mixture, checkpoint: Path | None, state: dic
     )
     if not trainer.train():
         accelerator.print(f"stopped after step {trainer.step}; the same command continues from there", flush=True)
-        accelerator.end_training()
-        return
+        finish(accelerator)
 
     save_model(model, run_dir / "model", config.model, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
         report_export(run_dir / "model", config.data.keep_template)
-    accelerator.end_training()
+    finish(accelerator)
 
 
 if __name__ == "__main__":

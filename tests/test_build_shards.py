@@ -290,7 +290,7 @@ def test_tar_files_of_others_are_never_touched(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "geometry", "message"),
     [
-        ((), [], "give --tower, or all of"),
+        ((), [], "give --model or --tower, or all of"),
         ((), ["--tile_size", "32", "--patch_size", "8", "--pinpoints", "32,64"], "expected HEIGHTxWIDTH"),
         ((), ["--tile_size", "32", "--patch_size", "8", "--pinpoints", "33x64"], "not a multiple of tile_size 32"),
         (("--json", "nowhere.json"), GEOMETRY, "--json nowhere.json: No such file"),

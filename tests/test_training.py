@@ -69,7 +69,18 @@ def run_stage(demo, run, *options, processes=2, check=True):
     arguments = [
         *("--config", ROOT / "scripts/recipes/digits/finetune.yaml", "--run_dir", run),
         *("--model", demo / "base", "--data.sources", demo / "shards"),
-        *("--data.batch_size", BATCH, "--data.num_workers", 0, "--data.max_length", 300, "--log_every", 1),
+        *(
+            "--data.batch_size",
+            BATCH,
+            "--data.num_workers",
+            0,
+            "--data.max_length",
+            300,
+            "--log_every",
+            1,
+            "--data.epochs",
+            1,
+        ),
     ]
     done = launch("scripts/finetune.py", *arguments, *options, processes=processes, check=check)
     path = run / "metrics.jsonl"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -246,11 +246,7 @@ def build_loader(
     num_workers: int = 4,
 ) -> DataLoader:
     """A DataLoader that yields this rank's `PackedBatch`es in plan order. Not to be given to `accelerator.prepare`."""
-    workers = (
-        {"multiprocessing_context": "forkserver", "prefetch_factor": 4, "persistent_workers": True}
-        if num_workers
-        else {}
-    )
+    workers = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if num_workers else {}
     return DataLoader(
         MicroBatches(mixture.storages, encoder),
         sampler=_Requests(
@@ -268,7 +264,7 @@ def build_loader(
     )
 
 
-def steps(loader: DataLoader) -> Iterator[tuple[int, list[PackedBatch]]]:
+def steps(loader: DataLoader) -> Generator[tuple[int, list[PackedBatch]]]:
     """Groups a loader's batches: (step, all its micro-batches)."""
     batches = iter(loader)
     for first in batches:

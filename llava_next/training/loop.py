@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Trainer:
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        steps: Iterator[tuple[int, list[PackedBatch]]],
+        steps: Generator[tuple[int, list[PackedBatch]]],
         start_step: int,
         total_steps: int,
         source_names: list[str],
@@ -129,7 +129,8 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.main = accelerator.is_main_process
         self.metrics = JsonLines(self.run_dir / "metrics.jsonl") if self.main else None
-        self.skipped = JsonLines(self.run_dir / f"skipped{accelerator.process_index or ''}.jsonl")
+        rank = accelerator.process_index  # a file each: appends from several nodes to one would mix
+        self.skipped = JsonLines(self.run_dir / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl"))
         self.progress = Progress(self.last_step, start_step)
         self.step = start_step
         self.stop = StopSignal()
@@ -152,6 +153,7 @@ class Trainer:
             self._say(f"{self.step} steps in {duration(time.monotonic() - started)}")
             return True
         finally:
+            self.steps.close()  # ends the loader's worker processes
             self.skipped.close()
             if self.metrics:
                 self.metrics.close()

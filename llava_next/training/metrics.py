@@ -16,17 +16,20 @@ def duration(seconds: float) -> str:
 
 
 class JsonLines:
-    """Appends JSON objects to a file, one a line, each flushed: a killed run loses none."""
+    """Appends JSON objects to a file, one a line, each flushed: a killed run loses none. No line, no file."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._path, self._file = path, None
 
     def write(self, record: dict) -> None:
+        if self._file is None:
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Progress:

@@ -15,7 +15,7 @@ from llava_next.model.export import full_tensors
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.loop import agree_on_step, slot_weights
 from llava_next.training.optim import Rates, build_optimizer, freeze
-from llava_next.training.parallel import build_accelerator, shard
+from llava_next.training.parallel import build_accelerator, finish, shard
 
 
 def samples_of(anyres):
@@ -63,7 +63,7 @@ def main(folder: str, out: str, *frozen: str) -> None:
             result["grad/" + name.replace("_checkpoint_wrapped_module.", "")] = parameter.grad.full_tensor()
     if accelerator.is_main_process:
         save_file(result, out)
-    accelerator.end_training()
+    finish(accelerator)
 
 
 if __name__ == "__main__":
