@@ -264,7 +264,7 @@ def build_loader(
     )
 
 
-def steps(loader: DataLoader) -> Generator[tuple[int, list[PackedBatch]]]:
+def steps(loader: DataLoader) -> Generator[tuple[int, list[PackedBatch]], None, None]:
     """Groups a loader's batches: (step, all its micro-batches)."""
     batches = iter(loader)
     for first in batches:

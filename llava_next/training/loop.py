@@ -115,7 +115,7 @@ class Trainer:
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        steps: Generator[tuple[int, list[PackedBatch]]],
+        steps: Generator[tuple[int, list[PackedBatch]], None, None],
         start_step: int,
         total_steps: int,
         source_names: list[str],
