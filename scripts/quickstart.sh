@@ -42,7 +42,7 @@ launch() { # launch SCRIPT RUN_DIR ARGUMENTS...: one stage, unless its result is
     local script=$1 run=$2
     shift 2
     if [ -f "$run/model/config.json" ]; then echo "$run/model is there already"; return; fi
-    $python -m accelerate.commands.launch --config_file "$config" "${processes[@]}" "$script" --run_dir "$run" "$@"
+    $python -m accelerate.commands.launch --config_file "$config" ${processes[@]+"${processes[@]}"} "$script" --run_dir "$run" "$@"
 }
 
 times=""
