@@ -27,6 +27,7 @@ from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.data.batch import IGNORE, Example, pack
 from llava_next.data.plan import deal
+from llava_next.model.attention import attention_names, choose_attention
 from llava_next.model.dry import architecture, scaled
 from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
 from llava_next.training.loop import slot_weights
@@ -113,6 +114,8 @@ def both_models(config: LlavaNextConfig, device: str) -> tuple[torch.nn.Module, 
     stock = StockLlavaNext(config).to(device).train()
     ours = LlavaNextForConditionalGeneration(config).to(device).train()
     ours.load_state_dict(stock.state_dict())
+    kernel, _ = choose_attention("auto", device, torch.float32)
+    ours.set_attn_implementation(attention_names(kernel))
     return ours, stock
 
 

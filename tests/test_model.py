@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ANYRES, gradients, pack_tiny, random_samples, stock_logits, stock_loss, tiny_pair
+from tiny import ANYRES, gradients, pack_tiny, random_samples, stock_logits, stock_loss, tiny_config, tiny_pair
 
 from llava_next.anyres import AnyRes
 from llava_next.data.batch import Example, pack
@@ -102,6 +102,13 @@ def test_empty_batch_gives_zero_loss_and_zero_gradient_everywhere(pair):
     reached = gradients(model)
     assert set(reached) == {n for n, _ in model.named_parameters()} - unused_parameters(model)
     assert max(g.abs().max() for g in reached.values()) == 0
+
+
+def test_packed_forward_refuses_attention_that_would_mix_samples():
+    model = LlavaNextForConditionalGeneration(tiny_config())
+    batch = pack_tiny([e for e, _ in random_samples(0, 2)])
+    with pytest.raises(ValueError, match="segment attention"):
+        model(**batch.model_inputs(torch.device("cpu")), num_sources=2)
 
 
 def test_unused_parameters_are_the_last_vision_layer_and_the_final_norm(pair):

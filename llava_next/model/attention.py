@@ -22,6 +22,7 @@ SEGMENT_ATTENTION = "segment"
 
 # Names in transformers' registry. None holds "flash" or "sdpa": transformers reads those words as its own kernels.
 KERNEL_NAMES = {"varlen": "segment_varlen", "flash": "segment_fa", "sdpa": "segment_loop"}
+SEGMENT_NAMES = (SEGMENT_ATTENTION, *KERNEL_NAMES.values())
 HALF = (torch.bfloat16, torch.float16)
 
 

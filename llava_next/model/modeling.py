@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 from transformers.utils import ModelOutput
 
-from llava_next.model.attention import SEGMENT_ATTENTION
+from llava_next.model.attention import SEGMENT_ATTENTION, SEGMENT_NAMES
 from llava_next.model.head import LossHead
 
 # mean and std of the tiles' normalisation by kind of vision tower, as in the processors published with them
@@ -151,6 +151,13 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
             Final hidden states `[T, hidden_size]`.
         """
         llm = self.model.language_model
+        if llm.config._attn_implementation not in SEGMENT_NAMES:
+            # any other attention would let packed samples see each other, without an error
+            raise ValueError(
+                f"the packed forward needs segment attention, the language model has "
+                f"{llm.config._attn_implementation!r}; load it with from_pretrained, or call "
+                "set_attn_implementation(attention_names('sdpa'))"
+            )
         hidden = embeds[None]
         position_ids = position_ids[None]
         position_embeddings = llm.rotary_emb(hidden, position_ids)
