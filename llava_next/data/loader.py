@@ -227,12 +227,11 @@ class MicroBatches(Dataset):
 class _Requests:
     """Sampler over a mixture; a fresh pass each time it is iterated."""
 
-    def __init__(self, **kwargs):
-        self.kwargs = kwargs
+    def __init__(self, mixture: Mixture, *arguments):
+        self.mixture, self.arguments = mixture, arguments
 
     def __iter__(self) -> Iterator[Request]:
-        mixture = self.kwargs["mixture"]
-        return mixture.requests(**{k: v for k, v in self.kwargs.items() if k != "mixture"})
+        return self.mixture.requests(*self.arguments)
 
 
 def build_loader(
@@ -249,14 +248,7 @@ def build_loader(
     workers = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if num_workers else {}
     return DataLoader(
         MicroBatches(mixture.storages, encoder),
-        sampler=_Requests(
-            mixture=mixture,
-            rank=rank,
-            world=world,
-            token_budget=token_budget,
-            tile_budget=tile_budget,
-            start_step=start_step,
-        ),
+        sampler=_Requests(mixture, rank, world, token_budget, tile_budget, start_step),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

@@ -103,7 +103,6 @@ class Trainer:
     Args:
         steps: yields (step, micro-batches of this rank), from `start_step` on.
         total_steps: of the whole run; the schedule depends on it.
-        batch_size: samples of a full step.
         source_names: of the mixture, for the loss per source.
         state: JSON-serialisable plan state; goes into every checkpoint beside the step and counters.
         counters: from the checkpoint that the run continues, else empty.

@@ -24,11 +24,8 @@ from llava_next.training.config import RunConfig
 from llava_next.training.optim import build_optimizer, freeze, trainable_table, warmup_steps
 from llava_next.training.parallel import shard
 
-TEMPLATE_CHECKS = (
-    "chat template",
-    "chats",
-    "terminator",
-)  # of check_folder: they compare with the training's templates
+# of check_folder: those that compare with the training's templates
+TEMPLATE_CHECKS = ("chat template", "chats", "terminator")
 
 
 @dataclass
