@@ -4,6 +4,7 @@ import hashlib
 import heapq
 import json
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_next.anyres import ORIGINAL_336, AnyRes
-from llava_next.data.plan import CostModel, Source, deal, num_steps, order, plan_hash, step_ids
+from llava_next.data.plan import CostModel, Order, Source, deal, num_steps, order, plan_hash, step_ids
 
 PROFILE = json.loads((Path(__file__).parent / "data" / "mix665k_profile.json").read_text())
 REPEATS = st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.7])
@@ -55,6 +56,33 @@ def test_every_sample_comes_exactly_repeat_times(sizes, data, seed, epoch, windo
         assert mine.sum() == int(source.num_samples * source.repeat + 0.5)
         assert mine.size == 0 or set(mine) <= {int(source.repeat), int(source.repeat) + 1}
     assert start == len(counts)
+
+
+@given(source_sizes(), st.data(), st.integers(0, 2**40), st.none() | st.integers(1, 4))
+def test_any_stretch_of_the_order_is_that_of_the_whole(sizes, data, seed, window):
+    sources = [Source(f"s{i}", shards, data.draw(REPEATS)) for i, shards in enumerate(sizes)]
+    whole, lazy = order(sources, seed, 1, window), Order(sources, seed, 1, window)
+    assert len(lazy) == len(whole)
+    for _ in range(6):  # one object, stretches here and there: what it keeps of earlier ones must not show
+        start = data.draw(st.integers(0, len(whole)))
+        stop = data.draw(st.integers(0, len(whole) + 3))
+        assert np.array_equal(lazy.ids(start, stop), whole[start:stop])
+
+
+def test_a_hundred_million_samples_are_ordered_window_by_window_in_flat_memory():
+    """100,000 shards of 1,000 samples in two sources, windows of 200 shards: the fortieth needs no more
+    memory than the tenth, and all less than 20 MB."""
+    sources = [Source("a", np.full(70_000, 1000)), Source("b", np.full(30_000, 1000), 2.0)]
+    steps, batch = Order(sources, seed=1, shuffle_shards=200), 128
+    assert len(steps) == 130_000_000
+    peaks = []
+    tracemalloc.start()
+    for window in range(40):
+        start = window * 200_000 + 50_000_000
+        assert len(np.unique(steps.ids(start, start + batch))) == batch
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert peaks[-1] < 20e6 and peaks[-1] < 1.01 * peaks[9]
 
 
 def test_order_is_the_same_for_ever():

@@ -9,23 +9,25 @@ import contextlib
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_origin
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llava_next.anyres import AnyRes
-from llava_next.data.storage import MissingObjectError, Storage
+from llava_next.anyres import MAX_SIDE, AnyRes
+from llava_next.data.storage import MissingObjectError, Storage, StorageError
+from llava_next.data.tar import one_line
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
+MAX_DATASET_BYTES = 32 << 20  # of dataset.json: 150,000 shards
+MAX_TILES = 144  # of one picture, enough for a canvas of 11 x 13; a larger strip is a decompression bomb
 TEXT_TOKENS_PREFIX = "text_tokens_"  # + a tokenizer's fingerprint: exact token counts, int32, template included
 
 # One row a sample, one row group a shard, both in the order of the shards.
@@ -45,6 +47,7 @@ SCHEMA = pa.schema(
         ("turns", pa.int32()),  # messages of the conversation, both sides
     ]
 )
+ROW_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("shard"))  # what is known of a sample before its shard has a place
 _IMAGE_COLUMNS = ("widths", "heights", "rows", "cols")
 
 
@@ -65,7 +68,7 @@ class DatasetInfo:
     Args:
         tile_size, patch_size: of the vision tower the tiles were cut for, in pixels.
         pinpoints: canvases, (height, width) in pixels, in the order that breaks ties.
-        codec: of the strips: auto, jpeg or webp.
+        codec: of the strips: auto, jpeg or webp; raw: no strips, others' pictures that are cut when they are read.
         samples, images, tiles, text_bytes: totals.
         sources: samples by source name.
         index_bytes, index_sha256: of `index.parquet`.
@@ -100,26 +103,62 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "DatasetInfo":
-        """Parse the file's text. Raises ValueError saying what is wrong with it."""
+        """Parse the file's text. Raises ValueError saying, in one printable line, what is wrong with it."""
         try:
+            if len(text) > MAX_DATASET_BYTES:
+                raise ValueError(f"{len(text)} bytes are over the limit of {MAX_DATASET_BYTES}.")
             values = json.loads(text)
-            version = values["format_version"]
-            if version != FORMAT_VERSION:
+            version = values.get("format_version") if isinstance(values, dict) else None
+            if type(version) is not int or version != FORMAT_VERSION:
                 raise ValueError(
                     f"format version {version!r}, this program reads {FORMAT_VERSION}. "
                     "Use the version of the program that wrote it, or build the shards again."
                 )
-            values["pinpoints"] = tuple((int(height), int(width)) for height, width in values["pinpoints"])
+            _check_entries(cls, values, "it")
+            for shard in values["shards"]:
+                _check_entries(ShardInfo, shard, "an entry of 'shards'")
             values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
+            values["pinpoints"] = tuple(tuple(pair) for pair in values["pinpoints"])
             info = cls(**values)
             AnyRes(info.tile_size, info.patch_size, info.pinpoints)
-        except (KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"not a {DATASET_FILE} ({type(error).__name__}: {error}).") from error
-        for shard in info.shards:
-            parts = shard.name.split("/")
-            if not parts[0] or ".." in parts or "\\" in shard.name:
-                raise ValueError(f"shard name {shard.name!r} leaves the data set's folder.")
+            _check_shards(info)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(one_line(f"not a sound {DATASET_FILE}: {error}")) from None
         return info
+
+
+def _check_entries(kind: type, values, what: str) -> None:
+    """Raises ValueError when `values` of a JSON file are not the fields of the dataclass `kind`, each of its type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is not an object.")
+    known = {entry.name: entry for entry in fields(kind)}
+    missing = [name for name, entry in known.items() if entry.default is entry.default_factory is MISSING]
+    for name in [*values, *missing]:
+        if name not in known or name not in values:
+            raise ValueError(f"{what} {'lacks' if name in known else 'has an unknown'} entry {name!r}.")
+        value, expected = values[name], get_origin(known[name].type) or known[name].type
+        expected = list if expected is tuple else expected
+        if type(value) is not expected:
+            raise ValueError(f"entry {name!r} is of type {type(value).__name__}, it must be {expected.__name__}.")
+        if expected is int and not 0 <= value < 2**63:
+            raise ValueError(f"entry {name!r} is {value}; it must be 0 to 2**63 - 1.")
+
+
+def _check_shards(info: DatasetInfo) -> None:
+    """Raises ValueError for names that could lead elsewhere, and for totals that the shards have no room for."""
+    names = [shard.name for shard in info.shards]
+    for name in names:
+        # What a URL reads as more than a name could leave the folder once the name stands in one.
+        if not {"", ".", ".."}.isdisjoint(name.split("/")) or not name.isprintable() or set(name) & set("\\?#%:"):
+            raise ValueError(f"shard name {name!r} is not a plain path in the data set's folder; rename the file.")
+    if len(set(names)) < len(names):
+        raise ValueError("a shard comes twice.")
+    if sum(shard.samples for shard in info.shards) != info.samples:
+        raise ValueError("the samples of its shards do not add up to its total.")
+    # A member takes a tar header at least, a row of the index more than a byte: so memory stays in proportion to files.
+    room = sum(shard.bytes for shard in info.shards)
+    if 512 * (info.samples + info.images) > room or info.samples > info.index_bytes:
+        raise ValueError(f"{info.samples} samples with {info.images} images do not fit into its files.")
 
 
 class Location(NamedTuple):
@@ -176,6 +215,21 @@ class Index:
         columns = (self.shard, self.offset, self.nbytes, self.crc32)
         return Location(*(int(column[sample]) for column in columns), self.keys[sample].as_py())
 
+    def take(self, samples: np.ndarray) -> "Index":
+        """The index of these samples (rows, int64 [k]) in this order."""
+        counts = self.image_offsets[samples + 1] - self.image_offsets[samples]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        images = np.repeat(self.image_offsets[samples] - offsets[:-1], counts) + np.arange(offsets[-1])
+        per_sample = ("shard", "offset", "nbytes", "crc32", "source", "text_bytes", "turns")
+        return replace(
+            self,
+            **{name: getattr(self, name)[samples] for name in per_sample},
+            **{name: getattr(self, name)[images] for name in _IMAGE_COLUMNS},
+            keys=self.keys.take(pa.array(samples)),
+            image_offsets=offsets,
+            exact_text_tokens={name: column[samples] for name, column in self.exact_text_tokens.items()},
+        )
+
     def image_sizes(self, sample: int) -> list[tuple[int, int]]:
         """(width, height) of the sample's original pictures, in pixels."""
         images = slice(self.image_offsets[sample], self.image_offsets[sample + 1])
@@ -231,6 +285,30 @@ def read_dataset(url: str | os.PathLike | Storage) -> tuple[DatasetInfo, Index]:
         StorageError: a read failed.
     """
     storage = url if isinstance(url, Storage) else Storage(url)
+    info, digest = read_info(storage)
+    data = storage.read_all(INDEX_FILE)
+    if len(data) != info.index_bytes or hashlib.sha256(data).hexdigest() != info.index_sha256:
+        raise ValueError(
+            f"{storage.address(INDEX_FILE)} is not the one that {DATASET_FILE} was written with ({len(data)} bytes, "
+            f"expected {info.index_bytes}). Copy both files of one build."
+        )
+    with index_errors(storage):
+        # Column by column and in this thread: half the peak memory of reading the table, and Arrow starts no threads.
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["source"], pre_buffer=False)
+        check_footer(info, file.metadata)
+        index = parse(file, digest)
+        _check(info, index)
+        pa.default_memory_pool().release_unused()  # Arrow keeps what it freed: 60 MB for a million samples
+    return info, index
+
+
+def read_info(storage: Storage) -> tuple[DatasetInfo, str]:
+    """Read `dataset.json`: what it says, and its sha256 (hex), which is the data set's identity (`Index.hash`).
+
+    Raises:
+        ValueError: not a data set, or an unknown format; names file and cure.
+        StorageError: a read failed.
+    """
     try:
         text = storage.read_all(DATASET_FILE)
     except MissingObjectError:
@@ -239,22 +317,21 @@ def read_dataset(url: str | os.PathLike | Storage) -> tuple[DatasetInfo, Index]:
             f"Run `python data_tools/build_shards.py --json ... --images ... --out {storage.label}` (again)."
         ) from None
     try:
-        info = DatasetInfo.from_json(text)
+        return DatasetInfo.from_json(text), hashlib.sha256(text).hexdigest()
     except ValueError as error:
         raise ValueError(f"{storage.address(DATASET_FILE)}: {error}") from None
-    data = storage.read_all(INDEX_FILE)
-    if len(data) != info.index_bytes or hashlib.sha256(data).hexdigest() != info.index_sha256:
-        raise ValueError(
-            f"{storage.address(INDEX_FILE)} is not the one that {DATASET_FILE} was written with ({len(data)} bytes, "
-            f"expected {info.index_bytes}). Copy both files of one build."
-        )
+
+
+@contextlib.contextmanager
+def index_errors(storage: Storage) -> Iterator[None]:
+    """Turns what a damaged index makes of Arrow and the checks into a ValueError that names the file and the cure."""
     try:
-        index = _parse(data, hashlib.sha256(text).hexdigest())
-        _check(info, index)
-        pa.default_memory_pool().release_unused()  # Arrow keeps what it freed: 60 MB for a million samples
+        yield
+    except StorageError:
+        raise
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{storage.address(INDEX_FILE)}: {error}. Build the data set again.") from error
-    return info, index
+        reason = one_line(str(error))
+        raise ValueError(f"{storage.address(INDEX_FILE)}: {reason}. Build the data set again.") from error
 
 
 def check_geometry(info: DatasetInfo, anyres: AnyRes, name: str = "the data set") -> None:
@@ -279,51 +356,8 @@ def check_geometry(info: DatasetInfo, anyres: AnyRes, name: str = "the data set"
         )
 
 
-def write_dataset(
-    folder: Path, anyres: AnyRes, codec: str, parts: Iterable[tuple[ShardInfo, pa.Table]], build: dict | None = None
-) -> DatasetInfo:
-    """Write the index, then `dataset.json`, each under a temporary name that is renamed: the folder becomes a data set.
-
-    Args:
-        folder: local folder that holds the finished shards.
-        anyres, codec: geometry of the tiles, codec of the strips.
-        parts: per shard its description and the rows of its samples (`SCHEMA` without `shard`), in order.
-        build: kept in `dataset.json`.
-    """
-    totals, sources, shards = Counter(), Counter(), []
-    with written_aside(folder / INDEX_FILE) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
-        for number, (shard, rows) in enumerate(parts):
-            column = pa.array(np.full(len(rows), number, np.int32))
-            writer.write_table(rows.add_column(0, "shard", column).cast(SCHEMA), row_group_size=max(len(rows), 1))
-            shards.append(shard)
-            sources.update(rows["source"].to_pylist())
-            grids = [np.asarray(rows[name].combine_chunks().flatten(), np.int64) for name in ("rows", "cols")]
-            totals["samples"] += len(rows)
-            totals["images"] += len(grids[0])
-            totals["tiles"] += int((1 + grids[0] * grids[1]).sum())
-            totals["text_bytes"] += int(np.asarray(rows["text_bytes"], np.int64).sum())
-    index = (folder / INDEX_FILE).read_bytes()
-    info = DatasetInfo(
-        anyres.tile_size,
-        anyres.patch_size,
-        anyres.pinpoints,
-        codec,
-        *(totals[name] for name in ("samples", "images", "tiles", "text_bytes")),
-        sources=dict(sorted(sources.items())),
-        index_bytes=len(index),
-        index_sha256=hashlib.sha256(index).hexdigest(),
-        shards=tuple(shards),
-        build=build or {},
-    )
-    with written_aside(folder / DATASET_FILE) as temporary:
-        temporary.write_text(info.to_json(), encoding="utf-8")
-    return info
-
-
-def _parse(data: bytes, digest: str) -> Index:
+def parse(file: pq.ParquetFile, digest: str) -> Index:
     """The columns of an index file. Raises ArrowException, KeyError or ValueError when they are not as in `SCHEMA`."""
-    # Column by column and in this thread: half the peak memory of reading the table, and Arrow starts no threads.
-    file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["source"], pre_buffer=False)
     plain = {
         name: _column(file, name).to_numpy() for name in ("shard", "offset", "nbytes", "crc32", "text_bytes", "turns")
     }
@@ -354,47 +388,60 @@ def _column(file: pq.ParquetFile, name: str, kind: pa.DataType | None = None) ->
     column = file.read(columns=[name], use_threads=False)[name]
     if column.null_count:
         raise ValueError(f"column {name} has empty entries")
+    column.validate(full=True)  # Parquet promises neither that text is UTF-8 nor that codes are in their dictionary
     return pa.concat_arrays(column.cast(kind).unify_dictionaries().chunks or [pa.array([], kind)])
+
+
+def check_footer(info: DatasetInfo, footer: pq.FileMetaData) -> None:
+    """Raises ValueError when the file claims other numbers of rows or values than `dataset.json`.
+
+    It comes before a column is read: 50 million rows of one value are 2 MB in the file and 4 GB in memory.
+    """
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    rows = [group.num_rows for group in groups]
+    if sum(rows) != info.samples or min(rows, default=0) < 0:
+        raise ValueError(f"it has {sum(rows)} rows, {DATASET_FILE} speaks of {info.samples} samples")
+    for column in range(footer.num_columns):
+        values = [group.column(column).num_values for group in groups]
+        if sum(values) > info.samples + info.images or min(values, default=0) < 0:  # an empty list counts as a value
+            raise ValueError(f"column {column} has {sum(values)} values, more than its rows and images")
 
 
 def _check(info: DatasetInfo, index: Index) -> None:
     """Raises ValueError when the rows cannot belong to the shards that `dataset.json` lists."""
-    if len(index) != info.samples:
-        raise ValueError(f"it has {len(index)} rows, {DATASET_FILE} speaks of {info.samples} samples")
+    columns = [index.offset, index.nbytes, index.crc32, index.keys, index.source, index.text_bytes, index.turns]
+    if {len(column) for column in [index.shard, *columns]} != {info.samples}:
+        raise ValueError(f"its columns do not have the {info.samples} rows that {DATASET_FILE} speaks of")
     if (np.diff(index.shard) < 0).any():
         raise ValueError("its rows are not in the order of the shards")
     known = index.shard[(index.shard >= 0) & (index.shard < len(info.shards))]
     if np.bincount(known, minlength=len(info.shards)).tolist() != [shard.samples for shard in info.shards]:
         raise ValueError(f"its samples per shard are not those of {DATASET_FILE}")
-    sizes = np.array([shard.bytes for shard in info.shards], np.int64)
-    ends = index.offset + index.nbytes
-    outside = (index.offset < 0) | (index.nbytes < 1) | (ends > sizes[index.shard]) | (index.offset % 512 != 0)
+    check_rows(index, np.array([shard.bytes for shard in info.shards], np.int64))
+    if ((index.offset[:-1] + index.nbytes[:-1] > index.offset[1:]) & (np.diff(index.shard) == 0)).any():
+        raise ValueError("its rows overlap")
+    counts = np.bincount(index.source, minlength=len(index.source_names)).tolist()
+    sources = {name: count for name, count in zip(index.source_names, counts, strict=True) if count}
+    totals = (len(index.widths), int(index.num_tiles.sum()), int(index.text_bytes.sum(dtype=np.int64)), sources)
+    if totals != (info.images, info.tiles, info.text_bytes, info.sources):
+        raise ValueError(f"its images, tiles, bytes of text or sources do not add up to the totals of {DATASET_FILE}")
+
+
+def check_rows(index: Index, sizes: np.ndarray) -> None:
+    """Raises ValueError for a row that cannot be right. `sizes`: bytes of all shards, int64."""
+    starts_too_late = index.offset > sizes[index.shard] - index.nbytes  # the sum offset + nbytes could overflow
+    outside = (index.offset < 0) | (index.nbytes < 1) | starts_too_late | (index.offset % 512 != 0)
     if outside.any():
         row = int(outside.argmax())
-        raise ValueError(f"row {row} (key {index.keys[row]}) points outside its shard")
-    if index.widths.size and min(index.widths.min(), index.heights.min()) < 1:
-        raise ValueError("it has a picture of no size")
-    if index.rows.size and min(index.rows.min(), index.cols.min()) < 0:
-        raise ValueError("it has a negative number of tiles")
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; renames it to `path` when the block ends well, else removes it.
-
-    The data are on the disk before the name is, so that a crash leaves the old file, the new one, or none.
-    """
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        raise ValueError(f"row {row} (key {index.keys[row].as_py()!r}) points outside its shard")
+    if not pc.all(pc.utf8_is_printable(index.keys), min_count=0).as_py():
+        raise ValueError("it has a key with control characters")
+    sides = np.concatenate([index.widths, index.heights])
+    if sides.size and not 1 <= sides.min() <= sides.max() <= MAX_SIDE:
+        raise ValueError(f"it has a picture with a side of {sides.min()} or {sides.max()} px, not 1 to {MAX_SIDE}")
+    tiles = 1 + index.rows.astype(np.int64) * index.cols
+    if tiles.size and (min(index.rows.min(), index.cols.min()) < 0 or tiles.max() > MAX_TILES):
+        raise ValueError(f"it has a picture with a negative number of tiles, or more than {MAX_TILES}")
+    for column in (index.text_bytes, index.turns, *index.exact_text_tokens.values()):
+        if column.size and column.min() < 0:
+            raise ValueError("it has a text of negative length")
