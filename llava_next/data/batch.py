@@ -60,7 +60,8 @@ class PackedBatch:
     `target_weights float32 [K]`, `target_source [K]`. All others int64.
     On the host: `target_slot [K]` (place in the step of the sample that a target belongs to), `slots`,
     `sample_ids` and `supervised` (targets per sample) of the samples packed here, in order; what they hold in
-    total; holes; and where the batch stands: micro-batch `micro` of `num_micro` in step `step`.
+    total; holes; where the batch stands: micro-batch `micro` of `num_micro` in step `step`; and `io`, what its worker
+    has read since its last batch (requests, retries, bytes, cache_hits) and the seconds it waited and encoded.
 
     A batch without images carries one zero tile, so that the vision tower always runs; a batch without targets
     carries one target of weight 0; an empty batch carries one token.
@@ -87,6 +88,7 @@ class PackedBatch:
     step: int = 0
     micro: int = 0
     num_micro: int = 1
+    io: dict[str, float] = field(default_factory=dict)
 
     MODEL_FIELDS = (
         "input_ids",

@@ -1,205 +1,103 @@
-"""From a plan to packed micro-batches: which samples, read, encoded and packed in worker processes.
+"""From requests to packed micro-batches: read, encoded and packed in worker processes.
 
-`Mixture` knows every sample's length from the indexes and deals each step to the ranks; the main process sends workers
-only the byte ranges of one micro-batch at a time, so a worker holds no index and resuming at a step reads nothing
-before it.
+The main process sends workers only the byte ranges of one micro-batch at a time, so a worker holds no index and
+resuming at a step reads nothing before it. With each request comes the one that the same worker will get next: its
+reads begin at once and wait for the network while the present samples are decoded.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing.forkserver
+import multiprocessing.util
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
 import zlib
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import PurePosixPath
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_next.anyres import AnyRes
-from llava_next.data import plan
 from llava_next.data.batch import Example, Hole, PackedBatch, pack
 from llava_next.data.encode import Encoder
-from llava_next.data.index import Location, check_geometry, read_dataset
+from llava_next.data.mixture import Mixture, Request, SampleRef
 from llava_next.data.shards import BadSample, read_sample
-from llava_next.data.storage import Storage, StorageError
-
-READ_THREADS = 8  # reads of one micro-batch in flight
-
-
-@dataclass(frozen=True)
-class SampleRef:
-    """A sample of a micro-batch: its id in the plan, its slot in the step, and where its bytes lie."""
-
-    sample_id: int
-    slot: int
-    source: int
-    shard: str
-    location: Location
+from llava_next.data.stall import StallDump
+from llava_next.data.storage import IOStats, Storage, StorageError
 
 
 @dataclass(frozen=True)
-class Request:
-    """Micro-batch `micro` of `num_micro` in step `step`, for one rank."""
-
-    step: int
-    micro: int
-    num_micro: int
-    samples: tuple[SampleRef, ...]
-
-
-class Mixture:
-    """The data sets of a run as one plan.
+class LoaderOptions:
+    """How a rank loads; nothing of it changes what is loaded.
 
     Args:
-        sources: (path or URL, name or None, repeat) of each data set.
-        anyres: the model's geometry; tiles cut for another one are refused.
-        batch_size: samples of a step; epochs: passes over the mixture; seed: of the order.
-        max_length: tokens that are kept of a sample.
-        fingerprint: of tokenizer and template, to find exact text lengths in the index; without them lengths are
-            estimated, which changes how full micro-batches get and nothing else.
-        shuffle_shards: see `plan.order`.
-
-    Raises:
-        ValueError: not a data set, cut for another model, or nothing in it.
+        num_workers: worker processes; 0 loads in a thread of the training process.
+        reads_in_flight: reads of a rank that wait for the network at a time, over all its workers.
+        patience: seconds without a micro-batch until a dump of what is in flight is written.
+        dump_folder: for those dumps (`stall-...txt`); None writes to the standard error stream only.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[tuple[str, str | None, float]],
-        anyres: AnyRes,
-        batch_size: int,
-        epochs: int = 1,
-        seed: int = 42,
-        max_length: int = 4096,
-        fingerprint: str | None = None,
-        shuffle_shards: int | None = None,
-    ):
-        self.anyres, self.batch_size, self.epochs, self.seed = anyres, batch_size, epochs, seed
-        self.shuffle_shards = shuffle_shards
-        self.storages = [Storage(path) for path, _, _ in sources]
-        self.infos, self.indexes = zip(*(read_dataset(storage) for storage in self.storages), strict=True)
-        names = [
-            name or PurePosixPath(storage.label).name
-            for (_, name, _), storage in zip(sources, self.storages, strict=True)
-        ]
-        self.plan_sources = []
-        for name, info, (_, _, repeat) in zip(names, self.infos, sources, strict=True):
-            check_geometry(info, anyres, name)
-            self.plan_sources.append(plan.Source(name, [shard.samples for shard in info.shards], repeat))
-        texts = [index.text_tokens(fingerprint) for index in self.indexes]
-        images = [index.image_tokens(anyres) for index in self.indexes]
-        self.exact_lengths = all(exact for _, exact in texts)
-        full = np.concatenate([text + image for (text, _), image in zip(texts, images, strict=True)])
-        self.num_too_long = int((full > max_length).sum())
-        self.lengths = np.minimum(full, max_length)
-        self.tiles = np.concatenate([index.num_tiles for index in self.indexes])
-        self._starts = np.cumsum([0, *(len(index) for index in self.indexes)])
-        self._epoch_ids = lru_cache(maxsize=1)(self._order)
-        self.samples_per_epoch = sum(source.epoch_samples for source in self.plan_sources)
-        if not self.samples_per_epoch:
-            raise ValueError(f"no samples to train on in {[storage.label for storage in self.storages]}")
-        self.steps_per_epoch = plan.num_steps(self.samples_per_epoch, batch_size)
+    num_workers: int = 4
+    reads_in_flight: int = 64
+    patience: float = 120.0
+    dump_folder: Path | None = None
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the sources."""
-        return [source.name for source in self.plan_sources]
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the run: each epoch ends with a step of what is left."""
-        return self.steps_per_epoch * self.epochs
-
-    def state(self) -> dict:
-        """What a checkpoint must remember to continue with this plan and no other."""
-        repeats = [source.repeat for source in self.plan_sources]
-        hashes = [index.hash() for index in self.indexes]
-        return {
-            "format": plan.PLAN_FORMAT,
-            "plan_hash": plan.plan_hash(hashes, self.names, repeats, self.seed, self.batch_size, self.shuffle_shards),
-            "sources": {
-                name: {"index": h, "repeat": r} for name, h, r in zip(self.names, hashes, repeats, strict=True)
-            },
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "epochs": self.epochs,
-        }
-
-    def check_state(self, state: dict) -> None:
-        """Refuses to continue a run whose plan was another one.
-
-        Raises:
-            ValueError: naming every difference.
-        """
-        ours = self.state()
-        different = [f"{key}: {state.get(key)!r} -> {ours[key]!r}" for key in ours if state.get(key) != ours[key]]
-        if different:
-            raise ValueError(
-                "the checkpoint was made with another plan, samples would repeat or be left out: "
-                + "; ".join(different)
-            )
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return plan.order(self.plan_sources, self.seed, epoch, self.shuffle_shards)
-
-    def step_ids(self, step: int) -> np.ndarray:
-        """Global sample ids of a step, int64 `[B]`, in slot order."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return plan.step_ids(self._epoch_ids(epoch), step_in_epoch, self.batch_size)
-
-    def deal(self, step: int, world: int, token_budget: int, tile_budget: int) -> list[list[np.ndarray]]:
-        """Slots of a step by micro-batch and rank, see `plan.deal`."""
-        ids = self.step_ids(step)
-        return plan.deal(self.lengths[ids], self.tiles[ids], world, token_budget, tile_budget)
-
-    def ref(self, sample_id: int, slot: int) -> SampleRef:
-        """Where sample `sample_id` lies."""
-        source = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        location = self.indexes[source].locate(int(sample_id - self._starts[source]))
-        return SampleRef(int(sample_id), int(slot), source, self.infos[source].shards[location.shard].name, location)
-
-    def requests(
-        self, rank: int, world: int, token_budget: int, tile_budget: int, start_step: int = 0
-    ) -> Iterator[Request]:
-        """This rank's micro-batches in training order, from a step on. Every rank gets the same number in each step."""
-        for step in range(start_step, self.total_steps):
-            ids = self.step_ids(step)
-            bins = self.deal(step, world, token_budget, tile_budget)
-            for micro, by_rank in enumerate(bins):
-                refs = tuple(self.ref(ids[slot], slot) for slot in by_rank[rank])
-                yield Request(step, micro, len(bins), refs)
+    def dump_file(self, name: str) -> Path | None:
+        """Path of a dump."""
+        return self.dump_folder and self.dump_folder / f"stall-{name}.txt"
 
 
 class MicroBatches(Dataset):
-    """Item = `Request`, value = `PackedBatch`. Lives in worker processes."""
+    """Item = (`Request`, the worker's next one or None), value = `PackedBatch`. Lives in worker processes."""
 
-    def __init__(self, storages: Sequence[Storage], encoder: Encoder):
-        self.storages, self.encoder = list(storages), encoder
+    def __init__(self, storages: Sequence[Storage], encoder: Encoder, options: LoaderOptions, rank: int = 0):
+        self.storages, self.encoder, self.options, self.rank = list(storages), encoder, options, rank
         self._threads: ThreadPoolExecutor | None = None
+        self._started: dict[tuple[int, int], list[Future]] = {}
+        self._reported = IOStats()
 
-    def __getstate__(self):
-        return {**self.__dict__, "_threads": None}
-
-    def __getitem__(self, request: Request) -> PackedBatch:
+    def __getitem__(self, asked: tuple[Request, Request | None]) -> PackedBatch:
         """Reads, encodes and packs.
 
         Raises:
             StorageError: bytes that cannot be read or are not those of the index: the run must not go on without them.
         """
-        self._threads = self._threads or ThreadPoolExecutor(READ_THREADS)
-        examples, holes = [], []
-        for ref, data in zip(request.samples, self._threads.map(self._read, request.samples), strict=True):
+        request, following = asked
+        if self._threads is None:
+            share = -(-self.options.reads_in_flight // max(self.options.num_workers, 1))
+            self._threads = ThreadPoolExecutor(share, thread_name_prefix="read")
+        reads = self._started.pop((request.step, request.micro), None) or self._start(request)
+        if following is not None:
+            self._started[following.step, following.micro] = self._start(following)
+        dump = self.options.dump_file(f"rank{self.rank}-process{os.getpid()}")
+        with StallDump(dump, self.options.patience, lambda: self._describe(request)):
+            return self._load(request, reads)
+
+    def _start(self, request: Request) -> list[Future]:
+        return [self._threads.submit(self._read, ref) for ref in request.samples]
+
+    def _load(self, request: Request, reads: list[Future]) -> PackedBatch:
+        examples, holes, waited, begin = [], [], 0.0, time.monotonic()
+        for ref, read in zip(request.samples, reads, strict=True):
+            before = time.monotonic()
+            data = read.result()
+            waited += time.monotonic() - before
             try:
                 examples.append(self._encode(ref, data))
             except BadSample as error:
                 where = ref.location
                 holes.append(Hole(ref.sample_id, ref.slot, where.key, ref.shard, where.offset, str(error)))
         anyres = self.encoder.anyres
-        return pack(
+        batch = pack(
             examples,
             anyres.tile_size,
             anyres.patches_per_tile,
@@ -208,10 +106,14 @@ class MicroBatches(Dataset):
             micro=request.micro,
             num_micro=request.num_micro,
         )
+        stats = sum((storage.stats() for storage in self.storages), IOStats())
+        io, self._reported = stats - self._reported, stats
+        batch.io = {**io.as_dict(), "wait_s": waited, "encode_s": time.monotonic() - begin - waited}
+        return batch
 
     def _read(self, ref: SampleRef) -> bytes:
         storage, where = self.storages[ref.source], ref.location
-        data = storage.read_range(ref.shard, where.offset, where.nbytes)
+        data = storage.read_range(ref.shard, where.offset, where.nbytes, size=ref.shard_bytes)
         if zlib.crc32(data) != where.crc32:
             raise StorageError(
                 f"{storage.address(ref.shard)}, bytes {where.offset} to {where.offset + where.nbytes} (sample "
@@ -223,15 +125,29 @@ class MicroBatches(Dataset):
     def _encode(self, ref: SampleRef, data: bytes) -> Example:
         return self.encoder.encode(read_sample(data, ref.location.key), ref.sample_id, ref.slot, ref.source)
 
+    def _describe(self, request: Request) -> list[str]:
+        yield f"loading step {request.step}, micro-batch {request.micro}, samples:"
+        yield from (f"  {self.storages[r.source].address(r.shard)} {r.location.key}" for r in request.samples)
+        yield "reads in flight:"
+        for storage in self.storages:
+            for address, start, length, seconds in storage.in_flight():
+                yield f"  {address}, bytes {start} to {start + length}, for {seconds:.0f} s"
+
 
 class _Requests:
-    """Sampler over a mixture; a fresh pass each time it is iterated."""
+    """Sampler over a mixture: each request with the one `stride` further on. A fresh pass each time it is iterated."""
 
-    def __init__(self, mixture: Mixture, *arguments):
-        self.mixture, self.arguments = mixture, arguments
+    def __init__(self, stride: int, mixture: Mixture, *arguments):
+        self.stride, self.mixture, self.arguments = stride, mixture, arguments
 
-    def __iter__(self) -> Iterator[Request]:
-        return self.mixture.requests(*self.arguments)
+    def __iter__(self) -> Iterator[tuple[Request, Request | None]]:
+        requests = self.mixture.requests(*self.arguments)
+        window = deque(itertools.islice(requests, self.stride))
+        while window:
+            request, following = window.popleft(), next(requests, None)
+            if following is not None:
+                window.append(following)
+            yield request, following
 
 
 def build_loader(
@@ -242,22 +158,63 @@ def build_loader(
     token_budget: int,
     tile_budget: int,
     start_step: int = 0,
-    num_workers: int = 4,
+    options: LoaderOptions | None = None,
 ) -> DataLoader:
     """A DataLoader that yields this rank's `PackedBatch`es in plan order. Not to be given to `accelerator.prepare`."""
-    workers = {"multiprocessing_context": "forkserver", "prefetch_factor": 4} if num_workers else {}
+    options = options or LoaderOptions()
+    workers = {}
+    if options.num_workers:
+        start_worker_server()
+        # A process that was itself started by multiprocessing has the folder from its parent, which goes on using it.
+        own_folder = multiprocessing.parent_process() is None
+        init = _WorkerInit(multiprocessing.util.get_temp_dir() if own_folder else None)
+        workers = {"multiprocessing_context": "forkserver", "prefetch_factor": 2, "worker_init_fn": init}
     return DataLoader(
-        MicroBatches(mixture.storages, encoder),
-        sampler=_Requests(mixture, rank, world, token_budget, tile_budget, start_step),
+        MicroBatches(mixture.storages, encoder, options, rank),
+        sampler=_Requests(max(options.num_workers, 1), mixture, rank, world, token_budget, tile_budget, start_step),
         batch_size=None,
-        num_workers=num_workers,
+        num_workers=options.num_workers,
         pin_memory=torch.cuda.is_available(),
         **workers,
     )
 
 
-def steps(loader: DataLoader) -> Generator[tuple[int, list[PackedBatch]], None, None]:
-    """Groups a loader's batches: (step, all its micro-batches)."""
-    batches = iter(loader)
-    for first in batches:
-        yield first.step, [first, *itertools.islice(batches, first.num_micro - 1)]
+def start_worker_server() -> None:
+    """Starts the process that worker processes are forked from, with this project's modules loaded: called early, it
+    imports torch and transformers (some seconds) while the model loads, and workers then start in a tenth of a second.
+
+    It ignores SIGTERM, as its workers do: a scheduler's reaches all processes of a job, and the rank still needs them
+    to finish its step.
+    """
+    loaded = [name for name in sys.modules if name.startswith("llava_next.")]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(loaded)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored stays so in a new program
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class _WorkerInit:
+    """Runs in a new worker: signals are the rank's business, and a worker does not outlive its rank.
+
+    Args:
+        rank_folder: the rank's folder of sockets, which it removes itself unless it is killed.
+    """
+
+    rank_folder: str | None
+
+    def __call__(self, worker: int) -> None:
+        # Ctrl-C and a scheduler's SIGTERM reach all processes of the job; the rank finishes its step and saves first.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        tempfile.tempdir = self.rank_folder or tempfile.tempdir  # the worker's own sockets go with it
+        threading.Thread(target=self._follow, name="follow", daemon=True).start()
+
+    def _follow(self) -> None:
+        # torch's own watch looks at the process that forked the worker: the server, which lives as long as workers do.
+        multiprocessing.parent_process().join()
+        if self.rank_folder is not None:
+            shutil.rmtree(self.rank_folder, ignore_errors=True)
+        os._exit(1)

@@ -1,0 +1,39 @@
+"""The quickstart's data and model, small: scanned digits, their shards, and a tiny model composed for them."""
+
+import json
+from pathlib import Path
+
+import build_shards
+import make_digits
+import torch
+
+from llava_next.model.compose import compose, random_part
+from llava_next.model.dry import DEMO_PINPOINTS, corpus_texts, demo_configs, train_tokenizer
+
+
+def build_demo(folder: Path, samples: int) -> None:
+    """folder/digits, folder/base (the composed model) and folder/shards."""
+    make_digits.build(folder / "digits", train=samples, held_out=4, seed=0)
+    arguments = [
+        "--json",
+        folder / "digits/train.json",
+        "--images",
+        folder / "digits/images",
+        "--out",
+        folder / "shards",
+    ]
+    compose_demo(folder / "base", folder / "digits/train.json")
+    build_shards.main(
+        [
+            str(a)
+            for a in [*arguments, "--model", folder / "base", "--workers", 0, "--shard_samples", 20, "--codec", "webp"]
+        ]
+    )
+
+
+def compose_demo(out: Path, samples: Path, template: str = "mistral") -> Path:
+    vision, llm = demo_configs()
+    tokenizer = train_tokenizer(corpus_texts(json.loads(samples.read_text()), template), vocab_size=400)
+    return compose(
+        random_part(vision, 0), random_part(llm, 0), tokenizer, template, out, DEMO_PINPOINTS, dtype=torch.float32
+    )

@@ -1,0 +1,244 @@
+"""The stream as a run meets it: over networks that fail, killed and resumed, at any world size, one and the same."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from demo import build_demo
+from faults import LASTING, FaultServer, S3Server
+from workers.stream import read_rank
+
+from llava_next.data.cache import Cache
+from llava_next.data.feed import Feed
+from llava_next.data.loader import LoaderOptions, build_loader
+from llava_next.data.mixture import Mixture
+from llava_next.data.storage import Storage, StorageError
+from llava_next.training.setup import load_parts
+
+SAMPLES, BATCH, STEPS = 60, 8, 16  # two epochs of 60 samples: 8 steps each, the last of an epoch smaller
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A data set of digits and the encoder of the demo model."""
+    folder = tmp_path_factory.mktemp("stream")
+    build_demo(folder, samples=SAMPLES)
+    data = SimpleNamespace(template="mistral", max_length=300)
+    return folder / "shards", load_parts(SimpleNamespace(model=str(folder / "base"), data=data)).encoder
+
+
+@pytest.fixture(scope="module")
+def clean(demo, tmp_path_factory):
+    """What one rank reads from the local folder: {step: [(slot, id, hash), ...]}."""
+    out = tmp_path_factory.mktemp("clean") / "rank0"
+    read_rank(str(demo[0]), demo[1], out)
+    return merged([out])
+
+
+def lines(out) -> list[dict]:
+    """Whole lines of a rank's file; the last may be cut by a kill."""
+    text = out.read_text() if out.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def merged(outs) -> dict[int, list]:
+    """Samples of each step over all ranks, in slot order."""
+    steps = {}
+    for out in outs:
+        for line in lines(out):
+            steps.setdefault(line["step"], []).extend(tuple(row) for row in line["samples"])
+    return {step: sorted(rows) for step, rows in sorted(steps.items())}
+
+
+def digest(steps: dict[int, list]) -> str:
+    return hashlib.sha256(json.dumps(list(steps.items())).encode()).hexdigest()
+
+
+def total(outs, key: str) -> float:
+    return sum(line["io"][key] for out in outs for line in lines(out))
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["workers.stream", "llava_next.training.setup"])
+
+
+def start_ranks(demo, url, outs, num_workers, start_step, **options):
+    ranks = []
+    for rank, out in enumerate(outs):
+        arguments = {"rank": rank, "world": len(outs), "num_workers": num_workers, "start_step": start_step, **options}
+        ranks.append(CONTEXT.Process(target=read_rank, args=(url, demo[1], out), kwargs=arguments))
+        ranks[-1].start()
+    return ranks
+
+
+def kill(ranks) -> None:
+    for rank in ranks:
+        if rank.is_alive():
+            os.kill(rank.pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.join()
+
+
+def run_with_kills(demo, url, tmp_path, world, num_workers, seed, environment=None) -> list:
+    """Ranks as processes, all killed twice at random steps and resumed at an earlier one, then run to the end."""
+    rng, outs, start = random.Random(seed), [tmp_path / f"rank{rank}" for rank in range(world)], 0
+    options = {"environment": environment, "pause": 0.03}
+    for _ in range(2):
+        ranks = start_ranks(demo, url, outs, num_workers, start, **options)
+        goal, deadline = start + rng.randint(1, 5), time.monotonic() + 60
+        while min(len(lines(out)) and lines(out)[-1]["step"] for out in outs) < goal:
+            assert time.monotonic() < deadline and all(rank.exitcode in (None, 0) for rank in ranks)
+            time.sleep(0.02)
+        kill(ranks)
+        start = rng.randint(start, min(lines(out)[-1]["step"] for out in outs))  # the checkpoint it resumes from
+        for out in outs:  # what a run logs after its last checkpoint is taken back
+            kept = [line for line in lines(out) if line["step"] < start]
+            out.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    ranks = start_ranks(demo, url, outs, num_workers, start, **options)
+    for rank in ranks:
+        rank.join(90)
+        assert rank.exitcode == 0
+    return outs
+
+
+@pytest.mark.parametrize(("transport", "world", "num_workers"), [("file", 4, 0), ("http", 1, 3), ("s3", 2, 0)])
+def test_killed_and_resumed_streams_are_bit_equal_over_every_transport(
+    demo, clean, tmp_path, transport, world, num_workers
+):
+    """5 % of the requests fail in passing, over http and s3."""
+    environment = None
+    if transport == "file":
+        outs = run_with_kills(demo, str(demo[0]), tmp_path, world, num_workers, seed=world)
+    elif transport == "http":
+        with FaultServer(demo[0]) as server:
+            server.share = 0.05
+            outs = run_with_kills(demo, server.url, tmp_path, world, num_workers, seed=world + 10)
+    else:
+        with S3Server(demo[0], share=0.05) as server:
+            environment = server.environment
+            outs = run_with_kills(demo, server.url, tmp_path, world, num_workers, seed=7, environment=environment)
+    found = merged(outs)
+    assert len(found) == STEPS and sum(map(len, found.values())) == 2 * SAMPLES
+    assert digest(found) == digest(clean)
+
+
+def test_requests_that_fail_in_passing_lose_and_repeat_nothing_and_are_counted(demo, clean, tmp_path):
+    out = tmp_path / "rank0"
+    with FaultServer(demo[0]) as server:
+        server.share = 0.05
+        read_rank(server.url, demo[1], out)
+        failed = sum(request.fault is not None for request in server.requests)
+    assert digest(merged([out])) == digest(clean)
+    # The index is read by the main process and counted there; its few requests may have failed as well.
+    assert failed >= total([out], "retries") > 0
+    assert total([out], "requests") >= 2 * SAMPLES + total([out], "retries")
+
+
+def test_cache_serves_the_second_epoch(demo, clean, tmp_path):
+    with FaultServer(demo[0]) as server:
+        read_rank(server.url, demo[1], tmp_path / "rank0", cache=Cache(tmp_path / "cache", 100_000_000))
+    assert digest(merged([tmp_path / "rank0"])) == digest(clean)
+    # what the next worker request reads ahead may begin before the same sample is stored
+    assert SAMPLES - BATCH <= total([tmp_path / "rank0"], "cache_hits") <= SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("flip", "checksum differs from the index"),
+        ("etag", "changed"),
+        ("missing", "not found"),
+        ("403", "permission"),
+    ],
+)
+def test_lasting_faults_end_the_stream_naming_url_and_range(demo, tmp_path, fault, message):
+    with FaultServer(demo[0]) as server:
+        # 2 files of the data set, then samples: the fault comes with the twentieth
+        server.script = [None] * 22 + [fault] * (1 if fault in LASTING else 500)
+        begin = time.monotonic()
+        with pytest.raises(StorageError, match=message) as error:
+            read_rank(server.url, demo[1], tmp_path / "rank0", retry_seconds=1.0)
+        assert time.monotonic() - begin < 30
+    assert server.url in str(error.value) and ", bytes " in str(error.value)
+    assert len(lines(tmp_path / "rank0")) < STEPS
+
+
+def test_stall_is_written_down_while_it_lasts(demo, tmp_path):
+    """A server that stops in the middle of an answer: which sample, which bytes, and the stacks, before any limit."""
+    encoder = demo[1]
+    with FaultServer(demo[0]) as server:
+        storage = Storage(server.url, stall_seconds=60, retry_seconds=0.5)
+        mixture = Mixture([(storage, "data", 1.0)], encoder.anyres, BATCH, max_length=encoder.max_length)
+        server.script = ["stall"] * 50
+        options = LoaderOptions(num_workers=0, patience=0.3, dump_folder=tmp_path)
+        feed = Feed(build_loader(mixture, encoder, 0, 1, 1500, 60, options=options), 0.3, options.dump_file("rank0"))
+        waiter = ThreadPoolExecutor(1).submit(next, feed)
+        deadline = time.monotonic() + 20
+        while len(dumps := sorted(tmp_path.glob("stall-*.txt"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)  # until it is written to the end
+        text = "".join(path.read_text() for path in dumps)
+    assert isinstance(waiter.exception(timeout=30), StorageError)  # the server is gone
+    feed.close()
+    assert "reads in flight:" in text and f"{server.url}/shard-000" in text and ", bytes " in text
+    assert "loading step 0, micro-batch 0" in text and "no micro-batch from the loader; last: nothing yet" in text
+    assert "Thread 0x" in text and "read_range" in text
+
+
+def traces(folder) -> set[Path]:
+    """Shared memory, and what lies in the folder for temporary files, now."""
+    return {*Path("/dev/shm").iterdir(), *Path(folder).iterdir()}
+
+
+def test_signals_do_not_reach_workers_and_a_killed_rank_leaves_nothing(demo, tmp_path):
+    """Ctrl-C and SIGTERM for the whole job leave the loading to the rank; after SIGKILL of the rank no process, file,
+    socket or shared memory of it is left."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    before = traces(temporary)
+    script = f"""
+import pickle, sys, time
+from pathlib import Path
+from workers.stream import read_rank
+if __name__ == "__main__":
+    encoder = pickle.load(open(sys.argv[1], "rb"))
+    read_rank({str(demo[0])!r}, encoder, Path({str(tmp_path / "rank0")!r}), num_workers=2, pause=0.1, epochs=20)
+"""
+    (tmp_path / "rank.py").write_text(script)
+    (tmp_path / "encoder").write_bytes(pickle.dumps(demo[1]))
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, tmp_path / "rank.py", tmp_path / "encoder"]
+    rank = psutil.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while len(lines(tmp_path / "rank0")) < 2:
+        assert rank.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = rank.children(recursive=True)
+    assert len(family) >= 3  # the server of workers and two workers, at least
+    ours = traces(temporary) - before
+    assert any(path.parent == temporary for path in ours) and any("sem." in path.name for path in ours)
+    for process in family:
+        if "resource_tracker" not in " ".join(process.cmdline()):
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+    while lines(tmp_path / "rank0")[-1]["step"] < 10:  # beyond all that was loaded ahead
+        assert rank.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    rank.kill()
+    rank.wait()
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    while ours & traces(temporary) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not ours & traces(temporary) and not list(temporary.iterdir())
