@@ -20,9 +20,9 @@ from llava_next.data.index import (
     ShardInfo,
     check_geometry,
     read_dataset,
-    write_dataset,
 )
-from llava_next.data.shards import RawSample, ShardWriter, StripInfo, encode_strip
+from llava_next.data.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.writer import ShardWriter, write_dataset
 
 SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
 SIZES = [[], [(40, 30)], [(64, 64), (20, 90)], [(40, 30)], [], [(300, 20)], [(1, 1), (2, 2), (3, 1)]]
@@ -103,6 +103,11 @@ def test_hash_tells_data_sets_apart_and_is_the_same_for_copies(tmp_path):
 def rewrite_index(folder, table: pa.Table) -> None:
     """Replace the index and make `dataset.json` agree with the new file."""
     pq.write_table(table, folder / INDEX_FILE)
+    accept_index(folder)
+
+
+def accept_index(folder) -> None:
+    """Make `dataset.json` agree with the index as it is."""
     data = (folder / INDEX_FILE).read_bytes()
     values = json.loads((folder / DATASET_FILE).read_text())
     values |= {"index_bytes": len(data), "index_sha256": hashlib.sha256(data).hexdigest()}
@@ -167,7 +172,7 @@ def with_column(table: pa.Table, name: str, values) -> pa.Table:
         (lambda table: with_column(table, "shard", [0, 0, 1, 1, 1, 1, 2]), "samples per shard"),
         (lambda table: with_column(table, "shard", [0, 0, 0, 1, 1, 1, 9]), "samples per shard"),
         (lambda table: with_column(table, "shard", [0, 0, 0, 1, 1, 1, 2**31 - 1]), "samples per shard"),
-        (lambda table: with_column(table, "offset", [10**9] * 7), "key k0. points outside its shard"),
+        (lambda table: with_column(table, "offset", [10**9] * 7), "key 'k0'. points outside its shard"),
         (lambda table: with_column(table, "nbytes", [0] * 7), "points outside its shard"),
         (lambda table: with_column(table, "offset", [None] * 7), "column offset has empty entries"),
         (lambda table: with_column(table, "widths", [[1]] * 7), "disagree on the number of images"),

@@ -20,14 +20,13 @@ from llava_next.data.shards import (
     MAX_JSON_BYTES,
     BadSample,
     RawSample,
-    ShardFile,
-    ShardWriter,
     StripInfo,
     decode_strip,
     encode_strip,
     read_sample,
 )
 from llava_next.data.storage import Storage
+from llava_next.data.writer import ShardFile, ShardWriter
 
 SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
 TURNS = [{"from": "human", "value": "<image>\nWas ist das?"}, {"from": "gpt", "value": "Ein Käfer 🐞"}]

@@ -1,4 +1,4 @@
-"""The on-disk contract: how one sample lies in a webdataset tar, how it is written, and the strict reader of its bytes.
+"""The on-disk contract: how one sample lies in a webdataset tar, and the strict reader of its bytes.
 
 A sample's members are adjacent and share a key without dots: `KEY.0.jpg` or `KEY.0.webp` per picture, then `KEY.json`
 with `id`, `source`, `conversations` and `images: [{width, height, rows, cols}]`. A picture is stored as one strip: its
@@ -9,31 +9,28 @@ The reader takes the bytes of one sample (a range read that the index gives) and
 checked, only pictures and JSON are decoded, and anything else is an error or ignored, never run.
 """
 
-import contextlib
-import hashlib
 import io
 import json
 import re
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from einops import rearrange
 from PIL import Image
 
-from llava_next.anyres import MAX_SIDE, AnyRes
-from llava_next.data.index import DATASET_FILE, SCHEMA, DatasetInfo, ShardInfo, write_dataset, written_aside
+from llava_next.anyres import MAX_SIDE
+from llava_next.data.index import MAX_TILES
+from llava_next.data.pictures import RAW_KINDS, check_scans, open_picture, parse_foreign
 from llava_next.data.tar import BadSample, tar_members
 
 CODECS = ("auto", "jpeg", "webp")
 MAX_JSON_BYTES = 8 << 20
-MAX_TILES = 144  # of one picture, enough for a canvas of 11 x 13; a larger strip is a decompression bomb
-ALLOWED_KINDS = ("jpg", "png", "webp", "json", "txt")  # members that are looked at; all others are skipped unread
+MAX_SAMPLE_TILES = 1024  # of all pictures; a thousand flat tiles of 336 px are 350 MB that 2 KB can hold
+ALLOWED_KINDS = (*RAW_KINDS, "json", "txt")  # members that are looked at; all others are skipped unread
 
 _STRIP_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _MAX_WEBP_SIDE, _MAX_JPEG_SIDE = 16_383, 65_535
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can escape and no tokenizer takes
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^./]+)\.([^/]+)")
 
@@ -47,6 +44,8 @@ class StripInfo:
         rows, cols: its grid of tiles, without the base tile.
         ext: jpg, png or webp.
         data: the encoded strip.
+        is_raw: `data` is the picture itself, as others put it into their shards, and rows and cols are 0: it is cut
+            when it is read.
     """
 
     width: int
@@ -55,6 +54,7 @@ class StripInfo:
     cols: int
     ext: str
     data: bytes
+    is_raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def decode_strip(data: bytes, tile_size: int) -> np.ndarray:
     """Decode a strip into its tiles: uint8 [n, S, S, 3] with S = `tile_size`.
 
     Raises:
-        BadSample: not a JPEG, PNG or WebP, truncated, another size than S x (n * S), or more than `MAX_TILES` tiles.
+        BadSample: not a JPEG, PNG or WebP, truncated, animated, another size than S x (n * S), more than `MAX_TILES`
+            tiles, or a JPEG of more than `MAX_JPEG_SCANS` scans.
     """
     try:
         with Image.open(io.BytesIO(data), formats=tuple(_STRIP_FORMATS.values())) as image:
@@ -140,6 +141,10 @@ def decode_strip(data: bytes, tile_size: int) -> np.ndarray:
                 )
             if image.mode != "RGB":
                 raise BadSample(f"strip has colour mode {image.mode}, not RGB")
+            if getattr(image, "is_animated", False):
+                raise BadSample(f"strip has {image.n_frames} frames; it must be one picture")
+            check_scans(image, data)
+            image.load()  # numpy would swallow some of its errors
             pixels = np.asarray(image)
     except BadSample:
         raise
@@ -172,161 +177,12 @@ def sample_members(sample: RawSample) -> dict[str, bytes]:
     if len(text) > MAX_JSON_BYTES:
         raise BadSample(f"text of {len(text)} bytes is over the limit of {MAX_JSON_BYTES}")
     members = {}
+    _check_tiles(sample.images)
     for number, image in enumerate(sample.images):
         if image.ext not in _STRIP_FORMATS:
             raise BadSample(f"image {number} has extension {image.ext!r}, not one of {', '.join(_STRIP_FORMATS)}")
         members[f"{number}.{image.ext}"] = image.data
     return members | {"json": text}
-
-
-class ShardFile:
-    """Writes one shard. A context manager: the tar takes its name when the block ends well, and never before.
-
-    The same samples give the same bytes: times are 0, owners empty, members sorted.
-
-    Args:
-        path: of the tar.
-
-    Attributes (when closed):
-        info: the shard's `ShardInfo`; None when no sample was written, and then there is no file.
-        rows: its part of the index, `SCHEMA` without the column `shard`.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.info: ShardInfo | None = None
-        self.rows: pa.Table | None = None
-        self._columns: dict[str, list] = {name: [] for name in SCHEMA.names if name != "shard"}
-        self._keys: set[str] = set()
-        self._tar = None
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __enter__(self) -> "ShardFile":
-        return self
-
-    def write(self, sample: RawSample) -> None:
-        """Append a sample. Raises BadSample, and leaves the tar as it was, when the sample cannot be stored."""
-        members = sample_members(sample)
-        if sample.key in self._keys:
-            raise BadSample(f"key {sample.key} is already in {self.path.name}; the members of two samples would mix")
-        if self._tar is None:
-            self._open()
-        start = self._tar.tarstream.offset
-        self._tar.write({"__key__": sample.key, **members})
-        self._keys.add(sample.key)
-        row = {
-            "offset": start,
-            "nbytes": self._tar.tarstream.offset - start,
-            "crc32": 0,  # taken from the file when it is complete
-            "key": sample.key,
-            "source": sample.source,
-            **{f"{name}s": [getattr(image, name) for image in sample.images] for name in ("width", "height")},
-            **{name: [getattr(image, name) for image in sample.images] for name in ("rows", "cols")},
-            "text_bytes": sum(len(turn["value"].encode()) for turn in sample.conversations),
-            "turns": len(sample.conversations),
-        }
-        for name, values in self._columns.items():
-            values.append(row[name])
-
-    def _open(self):
-        from webdataset import TarWriter  # here: it imports torch, which readers of shards may do without
-
-        stack = self._stack = contextlib.ExitStack()
-        self._temporary = stack.enter_context(written_aside(self.path))
-        file = stack.enter_context(open(self._temporary, "wb"))  # noqa: SIM115 (the stack closes it)
-        # Whole seconds: a fractional mtime costs each member 1 KiB of extended header.
-        self._tar = stack.enter_context(TarWriter(file, user="", group="", encoder=False, mtime=0))
-        stack.push(self._finish)
-
-    def __exit__(self, *error) -> None:
-        if self._tar is not None:
-            self._stack.__exit__(*error)
-
-    def _finish(self, error_type, *_):
-        """Completes the tar and takes its checksums, before the stack closes it and gives it its name."""
-        if error_type is not None:
-            return
-        self._tar.close()
-        self._tar.stream.flush()
-        digest, size = hashlib.sha256(), 0
-        with open(self._temporary, "rb") as file:
-            for row, nbytes in enumerate(self._columns["nbytes"]):  # samples follow each other without gaps
-                data = file.read(nbytes)
-                self._columns["crc32"][row] = zlib.crc32(data)
-                digest.update(data)
-                size += nbytes
-            end = file.read()
-        digest.update(end)
-        schema = SCHEMA.remove(SCHEMA.get_field_index("shard"))
-        self.rows = pa.table(self._columns, schema=schema)
-        self.info = ShardInfo(self.path.name, size + len(end), len(self), digest.hexdigest())
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard: shard-000000.tar, ..."""
-    return f"shard-{number:06d}.tar"
-
-
-class ShardWriter:
-    """Writes samples, one after the other, as a data set. A context manager.
-
-        with ShardWriter(folder, AnyRes(336, 14, ORIGINAL_336)) as writer:
-            writer.write(sample)
-
-    Shards appear under their names when complete; index and `dataset.json` come last, when the block ends well.
-
-    Args:
-        folder: local folder, made when missing; it must not hold a data set yet.
-        anyres: geometry of the tiles.
-        codec: of the strips, as told to `encode_strip`; kept in `dataset.json`.
-        shard_samples: samples a shard.
-        build: kept in `dataset.json`.
-
-    When closed, its attribute `info` is the `DatasetInfo` written.
-    Raises ValueError when the folder holds a data set.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        anyres: AnyRes,
-        codec: str = "auto",
-        shard_samples: int = 1000,
-        build: dict | None = None,
-    ):
-        self.folder, self.anyres, self.codec = Path(folder), anyres, codec
-        self.shard_samples, self.build = shard_samples, build
-        if (self.folder / DATASET_FILE).exists():
-            raise ValueError(f"{self.folder} already holds a data set; choose another folder, or delete it first.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.info: DatasetInfo | None = None
-        self._parts: list[tuple[ShardInfo, pa.Table]] = []
-        self._shard: ShardFile | None = None
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def write(self, sample: RawSample) -> None:
-        """Append a sample. Raises BadSample, and leaves it out, when it cannot be stored."""
-        if self._shard is None:
-            self._shard = ShardFile(self.folder / shard_name(len(self._parts)))
-        self._shard.write(sample)
-        if len(self._shard) == self.shard_samples:
-            self._close_shard()
-
-    def _close_shard(self, *error):
-        shard, self._shard = self._shard, None
-        shard.__exit__(*(error or (None, None, None)))
-        if shard.info is not None:
-            self._parts.append((shard.info, shard.rows))
-
-    def __exit__(self, *error) -> None:
-        if self._shard is not None:
-            self._close_shard(*error)
-        if error[0] is None:
-            self.info = write_dataset(self.folder, self.anyres, self.codec, self._parts, self.build)
 
 
 def read_sample(data: bytes, key: str | None = None) -> RawSample:
@@ -341,48 +197,83 @@ def read_sample(data: bytes, key: str | None = None) -> RawSample:
     """
     members: dict[str, bytes] = {}
     for name, content in tar_members(data):
-        match = _MEMBER_NAME.fullmatch(name)
-        if match is None or name.startswith("/") or "\\" in name or ".." in name.split("/"):
-            raise BadSample(f"member name {name!r} is not KEY.EXTENSION")
-        if key is None:
-            key = match[1]
-        if match[1] != key:
+        found, extension = split_member_name(name)
+        key = key or found
+        if found != key:
             raise BadSample(f"member {name!r} does not belong to sample {key!r}")
-        extension = match[2].lower()
         if extension in members:
             raise BadSample(f"member {name!r} comes twice")
         if extension.rpartition(".")[2] in ALLOWED_KINDS:
             members[extension] = content
-    if "json" not in members:
-        raise BadSample(f"sample {key!r} has no .json member")
-    values = _parse_description(members.pop("json"))
+    values = _parse_json(members.pop("json")) if "json" in members else {}
+    if "images" not in values:
+        return _foreign_sample(key, values, members)
+    _check_description(values)
     images = [_strip(number, image, members) for number, image in enumerate(values["images"])]
-    unlisted = [name for name in members if name.rpartition(".")[2] in _STRIP_FORMATS]
+    _check_tiles(images)
+    unlisted = [name for name in members if name.rpartition(".")[2] in RAW_KINDS]
     if unlisted:
         raise BadSample(f"picture member {unlisted[0]!r} is not listed in the .json member")
     return RawSample(key, values["id"], values["source"], values["conversations"], images)
 
 
-def _parse_description(text: bytes) -> dict:
+def split_member_name(name: str) -> tuple[str, str]:
+    """Key and lower-case extension of a tar member: `a/b.0.jpg` -> `a/b`, `0.jpg`. Raises BadSample."""
+    match = _MEMBER_NAME.fullmatch(name)
+    if match is None or name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        raise BadSample(f"member name {name!r} is not KEY.EXTENSION")
+    return match[1], match[2].lower()
+
+
+def _foreign_sample(key: str, values: dict, members: dict[str, bytes]) -> RawSample:
+    """A sample that others wrote, see `pictures`."""
+    description, pictures = parse_foreign(key, values, members)
+    _check_description({**description, "images": []})
+    images = []
+    for extension, data in pictures:
+        width, height = open_picture(data, load=False).size
+        images.append(StripInfo(width, height, 0, 0, extension, data, is_raw=True))
+    return RawSample(key, **description, images=images)
+
+
+def _parse_json(text: bytes) -> dict:
     if len(text) > MAX_JSON_BYTES:
         raise BadSample(f".json member of {len(text)} bytes is over the limit of {MAX_JSON_BYTES}")
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample(f".json member does not parse ({error})") from None
+    if not isinstance(values, dict):
+        raise BadSample("description is not an object")
+    return values
+
+
+def parse_description(text: bytes) -> dict:
+    """The `.json` member of a sample that this project wrote. Raises BadSample as `read_sample`."""
+    values = _parse_json(text)
     _check_description(values)
     return values
 
 
-def _check_description(values) -> None:
-    if not isinstance(values, dict):
-        raise BadSample("description is not an object")
+def _check_description(values: dict) -> None:
     for name, kind in (("id", str), ("source", str), ("conversations", list), ("images", list)):
         if not isinstance(values.get(name), kind):
             raise BadSample(f"{name!r} of the description is missing or not a {kind.__name__}")
     for number, turn in enumerate(values["conversations"]):
         if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
             raise BadSample(f'turn {number} is not {{"from": text, "value": text}}')
+        if _SURROGATE.search(turn["from"] + turn["value"]):
+            raise BadSample(f"turn {number} is not valid Unicode (half of a surrogate pair)")
+    if _SURROGATE.search(values["id"] + values["source"]):
+        raise BadSample("'id' or 'source' is not valid Unicode (half of a surrogate pair)")
+
+
+def _check_tiles(images: list[StripInfo]) -> None:
+    tiles = sum(1 + image.rows * image.cols for image in images)
+    if tiles > MAX_SAMPLE_TILES:
+        raise BadSample(
+            f"{len(images)} images of {tiles} tiles are over the limit of {MAX_SAMPLE_TILES} tiles a sample"
+        )
 
 
 def _strip(number: int, image, members: dict[str, bytes]) -> StripInfo:
