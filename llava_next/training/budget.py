@@ -1,0 +1,214 @@
+"""Memory of a rank before the run: by part, for every checkpointing policy, and which policy that makes the best.
+
+Everything follows from shapes (see `activations.py`) and from how FSDP2 moves weights: a layer's are gathered one layer
+ahead, its gradients are reduced in fp32 while the layer before is already at work. Held against measured peaks by
+tests/test_budget.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from llava_next.training.activations import Compute, activations
+from llava_next.training.flops import Checkpointing
+from llava_next.training.launch import layer_stacks
+from llava_next.training.optim import Rates
+
+# cheapest recomputation first
+POLICIES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+# Of a GPU: CUDA's context and libraries, attention's and matrix products' workspace; NCCL's buffers when there are
+# several. An assumption, as is the share that the allocator loses to fragments.
+CONTEXT_BYTES, NCCL_BYTES = 1.0e9, 1.0e9
+FRAGMENTS = 0.05
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that FSDP2 gathers together."""
+
+    trainable: int
+    frozen: int
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.trainable + self.frozen
+
+
+@dataclass(frozen=True)
+class Units:
+    """How Accelerate cuts the model: a unit a layer; the input embedding; final norm and head; the rest, as root.
+
+    Head and root keep their gathered weights until they were used in backward, whatever `reshard` says.
+    """
+
+    llm_layer: Unit
+    vision_layer: Unit
+    embedding: Unit
+    head: Unit
+    root: Unit
+    whole: Unit
+
+
+def units(model: nn.Module) -> Units:
+    """Counts a model's parameters by unit.
+
+    Args:
+        model: may be on the meta device; `requires_grad` says what is trained.
+    """
+
+    def unit(*modules: nn.Module) -> Unit:
+        counts = [0, 0]
+        for parameter in {id(p): p for module in modules for p in module.parameters()}.values():
+            counts[not parameter.requires_grad] += parameter.numel()
+        return Unit(*counts)
+
+    vision_layers, llm_layers = layer_stacks(model)
+    embedding, head = model.get_input_embeddings(), (model.model.language_model.norm, model.lm_head)
+    tied = embedding.weight is model.lm_head.weight
+    whole = unit(model)
+    apart = [*map(unit, (*vision_layers, *llm_layers)), unit(*head), *([] if tied else [unit(embedding)])]
+    root = Unit(*(getattr(whole, n) - sum(getattr(u, n) for u in apart) for n in ("trainable", "frozen")))
+    return Units(
+        unit(llm_layers[0]), unit(vision_layers[0]), Unit(0, 0) if tied else unit(embedding), unit(*head), root, whole
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work lies on the ranks.
+
+    Args:
+        shard: ranks that share one copy of weights, gradients and optimizer state (HSDP: those of a node).
+        compute: precision and attention of the forward.
+        reshard: gathered weights are freed after a layer's forward.
+        on_gpu: counts CUDA's and NCCL's own memory.
+    """
+
+    shard: int
+    compute: Compute
+    reshard: bool = True
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank at the peak of a training step, by part.
+
+    Args:
+        weights: sharded: fp32 where trained, frozen ones as loaded; gradients, optimizer: sharded, fp32.
+        gathered: weights in full: head and root, the layer at work and the next one, or all when nothing is freed.
+        activations: kept from forward to backward.
+        working: what the busiest moment of the backward needs besides: a layer's recomputed activations and gradients,
+            or the head's logits; and gradients on their way to be reduced.
+        workspace: CUDA's, NCCL's, fragments.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    logits: float
+    working: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        """Bytes at the peak. The head's logits are gone by the time the first layer goes backward."""
+        states = self.weights + self.gradients + self.optimizer + self.gathered + self.workspace
+        return states + self.activations + max(self.logits, self.working)
+
+
+def estimate(
+    config: PretrainedConfig,
+    counts: Units,
+    rates: Rates,
+    policy: Checkpointing,
+    layout: Layout,
+    tokens: int,
+    tiles: int,
+    targets: int | None = None,
+) -> Estimate:
+    """Memory of a rank for micro-batches of `tokens` tokens, `tiles` tiles and `targets` supervised positions.
+
+    Args:
+        config: of the whole model; counts: its `units`; rates: what is trained.
+        targets: default: as many as tokens, which is one whole chunk of logits in any real run.
+    """
+    b, shard = layout.compute.nbytes, layout.shard
+    active = activations(config, rates, policy, tokens, tiles, tokens if targets is None else targets, layout.compute)
+    whole, layer, head = counts.whole, counts.llm_layer, counts.head
+    weights = (4 * whole.trainable + b * whole.frozen) / shard
+    gradients = 4 * whole.trainable / shard
+    if layout.reshard:
+        # the layer at work, and the next one on its way from the other ranks
+        gathered = b * (head.parameters + counts.root.parameters + (1 + (shard > 1)) * layer.parameters)
+    else:
+        gathered = b * whole.parameters
+    # The head's gradient in full: as computed, and a chunk's. Then its fp32 copy for the reduction stays until the
+    # first layer's own gradients follow; a single rank in fp32 has nothing to reduce or to convert.
+    logits = active.head + 2 * b * head.trainable
+    reducing = 4 * max(head.trainable, layer.trainable) if shard > 1 or b < 4 else 0
+    llm_work = active.llm_layer + reducing + b * layer.trainable
+    vision_work = active.vision_layer - active.llm_kept + 4 * counts.embedding.trainable
+    workspace = CONTEXT_BYTES + (NCCL_BYTES if shard > 1 else 0) if layout.on_gpu else 0.0
+    states = weights + gradients + 2 * gradients + gathered
+    if layout.on_gpu:
+        workspace += FRAGMENTS * (states + active.kept)
+    return Estimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        gathered=gathered,
+        activations=active.kept,
+        logits=logits,
+        working=max(llm_work, vision_work),
+        workspace=workspace,
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was found: an estimate for each policy, the memory there is, the policy that is best and the reason."""
+
+    estimates: dict[Checkpointing, Estimate]
+    memory: float
+    picked: Checkpointing
+    reason: str
+
+    def fits(self, policy: Checkpointing) -> bool:
+        """Whether the estimate is within the memory."""
+        return self.estimates[policy].total <= self.memory
+
+
+def choose(
+    config: PretrainedConfig,
+    counts: Units,
+    rates: Rates,
+    layout: Layout,
+    tokens: int,
+    tiles: int,
+    memory: float,
+) -> Budget:
+    """Estimates every policy and picks the one that recomputes least among those that fit.
+
+    Args:
+        tokens, tiles: budgets of a micro-batch; memory: bytes of a rank; the others: see `estimate`.
+    """
+    estimates = {policy: estimate(config, counts, rates, policy, layout, tokens, tiles) for policy in POLICIES}
+    fitting = [policy for policy in POLICIES if estimates[policy].total <= memory]
+    if not fitting:
+        short = (estimates["full"].total - memory) / 1e9
+        reason = f"nothing fits, full is {short:.1f} GB too large; lower data.token_budget, or take more GPUs"
+        return Budget(estimates, memory, "full", reason)
+    picked = fitting[0]
+    if picked == POLICIES[0]:
+        return Budget(estimates, memory, picked, "all activations fit, so nothing need be computed twice")
+    tighter = POLICIES[POLICIES.index(picked) - 1]
+    excess = (estimates[tighter].total - memory) / 1e9
+    reason = f"the cheapest that fits; {tighter} would be {excess:.1f} GB too large"
+    return Budget(estimates, memory, picked, reason)

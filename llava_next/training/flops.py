@@ -1,0 +1,163 @@
+"""What a step costs in floating-point operations.
+
+Two numbers, as in the PaLM paper (appendix B). *Model* FLOPs are what the mathematics needs; over the device's peak
+they give the MFU. *Hardware* FLOPs add what activation checkpointing computes twice, and give the HFU. A multiply-add
+counts as 2. Only matrix products are counted: norms, activations, rotary and the optimizer are below 1 %. What flash
+attention recomputes inside of its backward is not counted in either number.
+
+A module that trains costs three forwards: its own, the gradient of its weights, the gradient of its inputs. Frozen
+parts cost less: the tower runs without gradient (one), a language model behind a training projector hands gradients
+through (two).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from transformers import PretrainedConfig
+
+from llava_next.data.dealing import CostModel
+from llava_next.model.modeling import used_layers
+from llava_next.training.optim import Rates
+
+Checkpointing = Literal["none", "selective", "full"]
+
+# share of a layer's products that is computed again; selective keeps the outputs of all of them
+RECOMPUTED: dict[str, float] = {"none": 0.0, "selective": 0.0, "full": 1.0}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations by part. The projector counts as vision, the LM head apart from the decoder layers."""
+
+    vision: float
+    llm: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """Sum over the parts."""
+        return self.vision + self.llm + self.head
+
+
+class Work(NamedTuple):
+    """FLOPs of one unit of work (a token, a tile, ...): forward and backward, and the part computed again."""
+
+    model: float
+    again: float
+
+
+@dataclass(frozen=True)
+class FlopsModel:
+    """FLOPs per unit of work of a model that trains under given rates and checkpointing; see `flops_model`.
+
+    Args:
+        per_token: the decoder layers' weights.
+        per_square: attention, per token of a segment squared; half of the square under the causal mask.
+        per_tile: vision tower up to the layer that is used, with its attention, and the projector.
+        per_target: LM head; `again` applies to micro-batches whose head runs in several chunks.
+    """
+
+    per_token: Work
+    per_square: Work
+    per_tile: Work
+    per_target: Work
+
+    def step_flops(
+        self, tokens: float, squared_lengths: float, tiles: float, supervised: float, chunked: float = 0
+    ) -> tuple[Flops, Flops]:
+        """Model and hardware FLOPs of a step, or of any part of one.
+
+        Args:
+            tokens: in all segments, image tokens included.
+            squared_lengths: sum over segments of length squared.
+            tiles: real ones; the zero tile of a batch without images is overhead, not work.
+            supervised: target positions.
+            chunked: of these, positions in micro-batches with more than one chunk (`head.CHUNK`) of targets.
+        """
+        amounts = ((self.per_token, tokens), (self.per_square, squared_lengths))
+        model = Flops(
+            vision=self.per_tile.model * tiles,
+            llm=sum(work.model * amount for work, amount in amounts),
+            head=self.per_target.model * supervised,
+        )
+        hardware = Flops(
+            vision=model.vision + self.per_tile.again * tiles,
+            llm=model.llm + sum(work.again * amount for work, amount in amounts),
+            head=model.head + self.per_target.again * chunked,
+        )
+        return model, hardware
+
+
+def flops_model(config: PretrainedConfig, rates: Rates, checkpointing: Checkpointing = "none") -> FlopsModel:
+    """Counts a LLaVA-NeXT model's FLOPs.
+
+    Args:
+        config: of the whole model.
+        rates: what is trained; None freezes a module.
+        checkpointing: which layers' activations are recomputed in backward. A tower that is frozen runs without
+            gradient, so nothing of it is computed again.
+    """
+    share = RECOMPUTED[checkpointing]
+    text = config.text_config
+    weights, last, width = decoder_weights(text)
+    passes = 2 + (rates.llm is not None)
+    layers = text.num_hidden_layers
+    # scores and values: 2 products of 2 x width each, half under the mask; their gradients go to both inputs
+    square = 2.0 * width * layers
+    return FlopsModel(
+        per_token=Work(2.0 * weights * layers * passes, 2.0 * (weights - last) * layers * share),
+        per_square=Work(3 * square, square * share),
+        per_tile=_tile_work(config, rates, share),
+        per_target=Work(2.0 * text.hidden_size * text.vocab_size * passes, 2.0 * text.hidden_size * text.vocab_size),
+    )
+
+
+def _tile_work(config: PretrainedConfig, rates: Rates, share: float) -> Work:
+    """One tile through patch embedding, tower and projector."""
+    vision, hidden = config.vision_config, config.text_config.hidden_size
+    weights, last = encoder_weights(vision)
+    patches, tokens = tile_tokens(vision)
+    layers = used_layers(vision.num_hidden_layers, config.vision_feature_layer)
+    tower_trains, projector_trains = rates.vision is not None, rates.projector is not None
+    attention = 4.0 * tokens * tokens * vision.hidden_size * layers  # full: every token sees every token
+    linear = 2.0 * tokens * weights * layers
+    embedding = 2.0 * patches * vision.hidden_size * vision.num_channels * vision.patch_size**2
+    # pixels need no gradient, so the embedding has its weights' only
+    tower = 3 * (linear + attention) + 2 * embedding if tower_trains else linear + attention + embedding
+    again = share * (linear - 2.0 * tokens * last * layers + attention) if tower_trains else 0.0
+    first, second = 2.0 * patches * vision.hidden_size * hidden, 2.0 * patches * hidden * hidden
+    # a gradient goes on to an input only when something before it trains
+    first *= 1 + projector_trains + tower_trains
+    second *= 1 + projector_trains + (projector_trains or tower_trains)
+    return Work(tower + first + second, again)
+
+
+def decoder_weights(text: PretrainedConfig) -> tuple[int, int, int]:
+    """Of a decoder layer: weights of its matrices, those of the last one, and the width of all query heads together.
+
+    The last matrix is not computed again under checkpointing: its output is not needed to go backward.
+    """
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width, key_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    last = text.hidden_size * text.intermediate_size
+    return text.hidden_size * (2 * width + 2 * key_width) + 3 * last, last, width
+
+
+def encoder_weights(vision: PretrainedConfig) -> tuple[int, int]:
+    """Of a vision layer: weights of its matrices, and those of the last one."""
+    last = vision.hidden_size * vision.intermediate_size
+    return 4 * vision.hidden_size**2 + 2 * last, last
+
+
+def tile_tokens(vision: PretrainedConfig) -> tuple[int, int]:
+    """Patches of a tile and the tokens that the tower makes of it: 576 and 577 for CLIP-L/336 (CLS), 729 twice."""
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches, patches + (vision.model_type == "clip_vision_model")
+
+
+def cost_model(config: PretrainedConfig, rates: Rates, checkpointing: Checkpointing = "none") -> CostModel:
+    """What `deal` balances, for the model at hand. The head is left out: targets are not known before reading."""
+    flops = flops_model(config, rates, checkpointing)
+    return CostModel(*(round(sum(work)) for work in (flops.per_token, flops.per_square, flops.per_tile)))

@@ -1,0 +1,160 @@
+"""FLOPs and MFU: the published arithmetic, torch's own counter on real models, the table of peaks."""
+
+import numpy as np
+import pytest
+import torch
+from test_plan import profile_samples
+from tiny import geometry, pack_tiny, pairing_config, random_samples
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaNextConfig
+
+from llava_next.data.plan import CostModel
+from llava_next.model import head
+from llava_next.model.attention import attention_names
+from llava_next.model.dry import LLMS, architecture
+from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.flops import cost_model, flops_model
+from llava_next.training.hardware import KINDS, PEAKS, parse_hardware, peak_flops
+from llava_next.training.optim import Rates, freeze
+from llava_next.training.parallel import apply_checkpointing
+
+CLIP, SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
+VICUNA, LLAMA3, QWEN2, MISTRAL = LLMS
+STAGE_1 = Rates(llm=None, projector=1e-3, vision=None, newline=1e-3)
+
+
+def full_config(llm: str, tower: str = CLIP) -> LlavaNextConfig:
+    """A published pairing at its true size."""
+    return LlavaNextConfig(
+        vision_config=architecture(tower).to_dict(),
+        text_config=architecture(llm).to_dict(),
+        vision_feature_select_strategy="default" if tower == CLIP else "full",
+    )
+
+
+@pytest.mark.parametrize(("llm", "published"), [(VICUNA, 102.4), (LLAMA3, 113.3), (QWEN2, 106.2)])
+def test_mean_sample_costs_what_is_published(llm, published):
+    """2,340 tokens in TFLOP, everything trained. The published figures run the head on every position."""
+    lengths, tiles = profile_samples(20_000, 0)
+    squares = (lengths.astype(float) ** 2).mean()
+    model, hardware = flops_model(full_config(llm), Rates()).step_flops(2340, squares, tiles.mean(), 2340)
+    assert model.total / 1e12 == pytest.approx(published, rel=0.02)
+    assert hardware == model
+    if llm == VICUNA:
+        assert (model.llm + model.head) / 1e12 == pytest.approx(97.0, rel=0.01)
+        assert model.vision / 1e12 == pytest.approx(5.1, rel=0.02)
+
+
+def test_default_costs_of_dealing_are_those_of_vicuna():
+    ours, default = cost_model(full_config(VICUNA), Rates()), CostModel()
+    for name in ("flops_per_token", "flops_per_token_squared", "flops_per_tile"):
+        assert getattr(ours, name) == pytest.approx(getattr(default, name), rel=0.005)
+    # frozen parts shift the ratio between tokens and tiles
+    stage_1 = cost_model(full_config(VICUNA), STAGE_1)
+    assert stage_1.flops_per_token / ours.flops_per_token == pytest.approx(2 / 3, rel=1e-6)
+    assert stage_1.flops_per_tile / ours.flops_per_tile == pytest.approx(0.37, abs=0.02)
+    lengths, tiles = np.array([100, 4096]), np.array([0, 5])
+    assert ours.sample_cost(lengths, tiles).dtype == np.int64
+
+
+TRAINED = {
+    "all": Rates(),
+    "stage_1": STAGE_1,
+    "tower_frozen": Rates(vision=None),
+    "only_the_tower": Rates(llm=None, projector=None, newline=None),
+    "only_the_newline": Rates(llm=None, projector=None, vision=None),
+}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("rates", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize(("tower", "llm"), [(CLIP, VICUNA), (SIGLIP, QWEN2), (CLIP, LLAMA3)])
+def test_forward_and_backward_count_what_torch_counts(tower, llm, rates, checkpointing, monkeypatch):
+    config = pairing_config(tower, llm)
+    model, batch = model_and_batch(config, rates, checkpointing)
+    targets = len(batch.target_ids)
+    chunked = targets if checkpointing == "full" else 0
+    monkeypatch.setattr(head, "CHUNK", -(-targets // 3) if chunked else targets)
+    # the math kernel makes attention visible to the counter, and computes the masked half as well
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch.model_inputs(torch.device("cpu")), num_sources=2).loss.backward()
+
+    squares = 2 * (batch.cu_seqlens.diff().double() ** 2).sum().item()
+    flops = flops_model(config, rates, checkpointing)
+    ours, hardware = flops.step_flops(len(batch.input_ids), squares, len(batch.tiles), targets, chunked)
+    assert counter.get_total_flops() == pytest.approx(hardware.total, rel=1e-6)
+    assert (hardware.llm > ours.llm) == (hardware.head > ours.head) == (checkpointing == "full")
+    assert (hardware.vision > ours.vision) == (checkpointing == "full" and rates.vision is not None)
+
+
+def model_and_batch(config, rates: Rates, checkpointing: str):
+    """A tiny model whose layers are checkpointed, and three samples with images."""
+    model = LlavaNextForConditionalGeneration(config).train()
+    model.set_attn_implementation(attention_names("sdpa"))
+    freeze(model, rates)
+    apply_checkpointing(model, checkpointing)
+    anyres = geometry(config)
+    return model, pack_tiny([e for e, _ in random_samples(3, 3, images=(1, 2), anyres=anyres)], anyres)
+
+
+def test_full_checkpointing_adds_a_forward_less_what_is_not_needed_again():
+    config, work = full_config(VICUNA), (8192, 4 * 2048.0**2, 16, 800)
+    (model, none), (_, selective), (_, full) = (
+        flops_model(config, Rates(), policy).step_flops(*work) for policy in ("none", "selective", "full")
+    )
+    assert none == selective == model
+    # of 202 M weights of a layer, the last matrix has 45 M
+    assert full.llm / model.llm == pytest.approx(1 + (1 - 45.1 / 202.4) / 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", None),
+        ("Tesla V100-SXM2-16GB", None),
+        ("", None),
+    ],
+)
+def test_peak_is_known_by_device_name_or_left_out(name, teraflops):
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_every_entry_of_the_table_can_be_reached():
+    for name, peak in PEAKS:
+        assert peak_flops(f"NVIDIA {name.upper()}") == peak
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_if_makes_nodes_of_eight_with_a_known_peak(kind):
+    four_nodes = parse_hardware(f"32x{kind}")
+    assert (four_nodes.world, four_nodes.per_node) == (32, 8) and four_nodes.peak
+    one = parse_hardware(f"1x{kind.upper()}")
+    assert (one.world, one.per_node, one.memory) == (1, 1, four_nodes.memory)
+    stated = float(kind.split("-")[1].removesuffix("g"))
+    assert 0.9 < one.memory / 2**30 / stated <= 1
+
+
+@pytest.mark.parametrize("text", ["", "h100", "8xh100", "8 h100-80g", "0xh100-80g", "-8xh100-80g", "12xh100-80g"])
+def test_as_if_refuses_with_what_it_knows(text):
+    with pytest.raises(ValueError, match=r"kinds: .*h100-80g, |whole nodes of 8"):
+        parse_hardware(text)
