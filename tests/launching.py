@@ -17,6 +17,17 @@ def launch(
         script: path below the repository.
         config: accelerate configuration; default: the one that ships for two CPU processes.
     """
+    command, environment = command_and_environment(script, *args, processes=processes, config=config)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def command_and_environment(
+    script: str | Path, *args, processes: int = 2, config: str | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """What `launch` runs, and the variables it sets, for tests that do more with the process than wait for it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -25,7 +36,4 @@ def launch(
         str(ROOT / script),
         *map(str, args),
     ]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    if check and done.returncode:
-        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return done
+    return command, environment
