@@ -1,13 +1,22 @@
-"""Real FSDP2 on gloo processes: sharding, dealing and empty ranks change nothing."""
+"""Real FSDP2 on gloo processes: sharding, dealing, empty ranks change nothing; the launch file's keys have effect."""
+
+import os
 
 import pytest
 import torch
-from launching import launch
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from launching import ROOT, launch
 from safetensors.torch import load_file
-from tiny import geometry, pairing_config, random_samples, stock_loss, tiny_pair
+from tiny import geometry, pack_tiny, pairing_config, random_samples, stock_loss, tiny_config, tiny_pair
 
-from llava_next.training.loop import slot_weights
+from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training import launch as launch_file
+from llava_next.training.agreement import slot_weights
 from llava_next.training.optim import module_of
+from llava_next.training.parallel import apply_checkpointing
 
 TOLERANCE = 1e-5
 
@@ -45,7 +54,11 @@ def siglip_qwen2(tmp_path_factory):
     ids=["1_rank", "2_ranks_text_only_on_one", "4_ranks", "2_ranks_only_the_projector_trains"],
 )
 def test_loss_and_gradients_equal_stock_on_any_number_of_ranks(reference, tmp_path, processes, frozen):
-    assert_equal_to_stock(reference, tmp_path, processes, frozen)
+    result = assert_equal_to_stock(reference, tmp_path, processes, frozen)
+    # 3 vision and 2 decoder layers, embedding, norm with head, root: it was sharded, not replicated. Not resharded:
+    # between forward and backward 4 layers hold whole weights, all but the vision layer that nobody calls
+    assert (result["units"], result["mesh"].tolist()) == (8, [processes])
+    assert (result["gathered"], result["checkpointed"]) == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +73,14 @@ def test_siglip_with_qwen2_equals_stock_on_any_number_of_ranks(siglip_qwen2, tmp
     assert all(torch.equal(result[f"weight/{name}"], p) for name, p in parameters.items())
 
 
-def assert_equal_to_stock(reference, tmp_path, processes: int, frozen: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def assert_equal_to_stock(
+    reference, tmp_path, processes: int, frozen: tuple[str, ...] = (), config: str | None = None, options=()
+) -> dict[str, torch.Tensor]:
+    """One step of the worker equals the stock model: loss, every gradient, gradient norm. Returns what it wrote."""
     folder, loss, parameters = reference
-    launch("tests/workers/gradients.py", folder, tmp_path / "out.safetensors", *frozen, processes=processes)
-    result = load_file(tmp_path / "out.safetensors")
-    assert result["units"] >= 6  # 3 vision and 2 decoder layers and the root: it was sharded, not replicated
+    out = tmp_path / "out.safetensors"
+    launch("tests/workers/gradients.py", folder, out, *frozen, *options, processes=processes, config=config)
+    result = load_file(out)
     torch.testing.assert_close(result["loss"], loss, rtol=TOLERANCE, atol=TOLERANCE)
     ours = {k.removeprefix("grad/"): v for k, v in result.items() if k.startswith("grad/")}
     trained = {n for n, p in parameters.items() if p.grad is not None and p.grad.abs().max() > 0}
@@ -74,6 +90,8 @@ def assert_equal_to_stock(reference, tmp_path, processes: int, frozen: tuple[str
         torch.testing.assert_close(
             gradient, parameters[name].grad, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
         )
+    norm = torch.stack([parameters[n].grad.double().norm() for n in trained]).norm()
+    assert result["grad_norm"].item() == pytest.approx(norm.item(), rel=TOLERANCE)
     return result
 
 
@@ -84,3 +102,156 @@ def test_weights_broadcast_from_rank_0_arrive_bit_equal(reference, tmp_path):
     weights = {k.removeprefix("weight/"): v for k, v in result.items() if k.startswith("weight/")}
     assert set(weights) == set(parameters)
     assert all(torch.equal(weights[n], p) for n, p in parameters.items())
+
+
+def launch_yaml(folder, top=None, hsdp=None, **fsdp) -> str:
+    """Path of the shipped CPU launch file with changed keys.
+
+    Args:
+        top: keys of the file; `fsdp` those below `fsdp_config`, without the prefix.
+        hsdp: (dp_replicate_size, dp_shard_size).
+    """
+    config = yaml.safe_load((ROOT / "accelerate_configs/cpu2_fsdp.yaml").read_text()) | (top or {})
+    config["fsdp_config"] |= {f"fsdp_{key}": value for key, value in fsdp.items()}
+    if hsdp:
+        names = ("parallelism_config_dp_replicate_size", "parallelism_config_dp_shard_size")
+        config["parallelism_config"] = dict(zip(names, hsdp, strict=True))
+    path = folder / "launch.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_hsdp_on_2x2_ranks_equals_one_process(reference, tmp_path):
+    config = launch_yaml(tmp_path, hsdp=(2, 2), activation_checkpointing=True, reshard_after_forward=True)
+    result = assert_equal_to_stock(reference, tmp_path, 4, config=config)
+    assert (result["units"], result["mesh"].tolist()) == (8, [2, 2])
+    weights = {k.removeprefix("weight/"): v for k, v in result.items() if k.startswith("weight/")}
+    assert all(torch.equal(weights[n], p) for n, p in reference[2].items())
+
+
+RESHARDED = {"reshard_after_forward": True, "activation_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "units", "gathered", "checkpointed"),
+    [
+        ({**RESHARDED, "cpu_ram_efficient_loading": False}, (), 8, 0, 5),
+        # the 3 vision layers belong to the root unit then, which is never resharded
+        (
+            {**RESHARDED, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+            ("--checkpointing", "selective"),
+            5,
+            3,
+            5,
+        ),
+        ({"auto_wrap_policy": "NO_WRAP"}, (), 3, 5, 0),
+    ],
+    ids=["resharded_checkpointed", "one_layer_class_selective", "no_wrap"],
+)
+def test_editing_the_launch_file_has_effect_and_changes_no_result(
+    reference, tmp_path, keys, options, units, gathered, checkpointed
+):
+    result = assert_equal_to_stock(reference, tmp_path, 2, config=launch_yaml(tmp_path, **keys), options=options)
+    assert [result[name].item() for name in ("units", "gathered", "checkpointed")] == [units, gathered, checkpointed]
+
+
+def apply_launch_file(monkeypatch, path: str) -> None:
+    """Sets the environment that `accelerate launch` would give its processes, by Accelerate's own translation."""
+    for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_", "PARALLELISM_"))]:
+        monkeypatch.delenv(name)
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", str(arguments.num_processes))
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_launch_files_are_accepted_and_mean_what_they_say(monkeypatch, config):
+    apply_launch_file(monkeypatch, str(config))
+    launch_file.check_launch(on_meta)
+    plugin, gpu = FullyShardedDataParallelPlugin(), not config.stem.startswith("cpu")
+    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, gpu, gpu)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("bf16" if gpu else "no")
+    assert launch_file.hsdp_sizes() == ((4, 8) if "hsdp" in config.stem else None)
+
+
+@pytest.mark.parametrize(
+    ("top", "fsdp", "expected"),
+    [
+        ({}, {"version": 1, "reshard_after_forward": "FULL_SHARD"}, "set `fsdp_version: 2`"),
+        ({"mixed_precision": "fp16"}, {}, "mixed_precision: fp16"),
+        ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, {}, "dynamo_backend: INDUCTOR"),
+        ({}, {"auto_wrap_policy": "SIZE_BASED_WRAP"}, "set TRANSFORMER_BASED_WRAP"),
+        ({}, {"state_dict_type": "FULL_STATE_DICT"}, "set SHARDED_STATE_DICT"),
+        ({}, {"sharding_strategy": "SHARD_GRAD_OP"}, "set fsdp_reshard_after_forward"),
+        ({}, {"reshard_after_forward": "FULL_SHARD"}, "invalid truth value full_shard"),
+        ({}, {"forward_prefetch": True}, "fsdp_forward_prefetch: true"),
+        ({}, {"backward_prefetch": "BACKWARD_PRE"}, "fsdp_backward_prefetch: BACKWARD_PRE"),
+        ({}, {"use_orig_params": False}, "fsdp_use_orig_params: false"),
+        ({}, {"sync_module_states": False, "cpu_ram_efficient_loading": False}, "fsdp_sync_module_states: false"),
+        ({}, {"ignored_modules": ".*vision.*"}, "fsdp_ignored_modules: .*vision.*"),
+        ({}, {"offload_params": True}, "fsdp_offload_params: true: there is no GPU"),
+        ({}, {"activation_checkpointing_offload": True}, "requires `activation_checkpointing=True`"),
+        ({}, {"transformer_layer_cls_to_wrap": "CLIPTextLayer"}, "its layers are CLIPEncoderLayer, LlamaDecoderLayer"),
+        ({}, {"transformer_layer_cls_to_wrap": "LlamaModel"}, "LlamaModel is no layer of this model"),
+        ({"parallelism_config": {"parallelism_config_dp_replicate_size": 2}}, {}, "dp_shard_size 1 shards nothing"),
+        (
+            {"parallelism_config": {"parallelism_config_dp_shard_size": 8}},
+            {},
+            "1 x dp_shard_size 8 is not the 2 processes",
+        ),
+        ({"parallelism_config": {"parallelism_config_tp_size": 2}}, {}, "parallelism_config_tp_size: 2"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_launch_file_that_cannot_work_is_refused_before_the_model_loads(monkeypatch, tmp_path, top, fsdp, expected):
+    apply_launch_file(monkeypatch, launch_yaml(tmp_path, top, **fsdp))
+    with pytest.raises(ValueError) as refused:
+        launch_file.check_launch(on_meta)
+    assert expected in str(refused.value)
+
+
+def on_meta():
+    with torch.device("meta"):
+        return LlavaNextForConditionalGeneration(tiny_config())
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+def test_checkpointing_changes_no_bit_and_selective_recomputes_no_matrix_product(policy, offload):
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(tiny_config())
+    model.set_attn_implementation({"text_config": "segment_loop", "vision_config": "sdpa"})
+    examples = [e for e, _ in random_samples(1, 4, images=(0, 1, 2))]
+    batch = pack_tiny(examples).weighted(torch.full((4,), 0.01)).model_inputs(torch.device("cpu"))
+
+    def step():
+        model.zero_grad()
+        loss = model(**batch, num_sources=2).loss
+        with CountMatmuls() as counted:
+            loss.backward()
+        names = [(n.replace("_checkpoint_wrapped_module.", ""), p.grad) for n, p in model.named_parameters()]
+        return loss, {n: g.clone() for n, g in names if g is not None}, counted.matmuls
+
+    loss, expected, plain = step()
+    apply_checkpointing(model, policy, offload)
+    again, ours, recomputed = step()
+    assert torch.equal(loss, again) and set(ours) == set(expected) and len(ours) > 50
+    assert all(torch.equal(gradient, ours[name]) for name, gradient in expected.items())
+    # 7 linear maps in each of 2 decoder layers and 6 in each of the 2 vision layers in use; nobody needs the last one's
+    assert recomputed - plain == (2 * 6 + 2 * 5 if policy == "full" else 0)
+
+
+class CountMatmuls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products with weights."""
+
+    matmuls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.matmuls += func.name() in ("aten::mm", "aten::addmm")
+        return func(*args, **(kwargs or {}))
+
+
+def test_unknown_checkpointing_policy_is_named():
+    with pytest.raises(ValueError, match="'most' is none of full, selective, none"):
+        apply_checkpointing(LlavaNextForConditionalGeneration(tiny_config()), "most")

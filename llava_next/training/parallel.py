@@ -1,35 +1,52 @@
 """Accelerator and FSDP2: what the file given to `accelerate launch` says, made to hold for this model.
 
-The YAML stays in charge of sharding, wrapping, checkpointing and precision; added here is only what it cannot know:
-the layer classes of the model at hand, fp32 gradient reduction, and the CPU.
+The YAML stays in charge of sharding, wrapping, checkpointing and precision (`llava_next.training.launch` checks it);
+added here is only what it cannot know: the layer classes of the model at hand, fp32 gradient reduction, which
+activations a checkpointed layer keeps, and the CPU.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-LAUNCH = "accelerate launch --config_file accelerate_configs/{config}.yaml scripts/finetune.py"
+from llava_next.training.launch import check_launch, hsdp_sizes, layer_classes, layer_stacks
 
 # gloo for small tensors on the host (counts, flags, sizes): the control plane never waits for the GPU
 BACKENDS = "cpu:gloo,cuda:nccl"
+
+# What selective checkpointing keeps: outputs of matrix products and of attention, nearly all of a layer's FLOPs.
+# Everything else (norms, rotary embedding, activations, residual sums) is cheap to compute again.
+KEPT = {
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_scaled_mm"),
+    *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"),
+    *("aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward"),
+    *("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"),
+}
 
 
 def build_accelerator() -> Accelerator:
     """The Accelerator of a run: FSDP2 on GPUs by NCCL, on CPUs by gloo, also with a single process.
 
+    With `parallelism_config` in the launch file the model is sharded over `dp_shard_size` neighbouring processes and
+    replicated `dp_replicate_size` times (HSDP). Gradients are averaged over all processes either way.
+
     Raises:
-        ValueError: when the script was started without `accelerate launch` or its file does not ask for FSDP2.
+        ValueError: see `check_launch`.
     """
-    require_fsdp2_launch()
+    check_launch()
     plugin = FullyShardedDataParallelPlugin()
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16":
         # Accelerate's own choice for bf16 reduces gradients and returns outputs in bf16.
@@ -41,23 +58,15 @@ def build_accelerator() -> Accelerator:
         # FSDP2 needs a process group even when it shards over one process.
         dist.init_process_group("gloo" if on_cpu else BACKENDS, store=dist.HashStore(), rank=0, world_size=1)
     handlers = [] if on_cpu else [InitProcessGroupKwargs(backend=BACKENDS)]
+    sizes = hsdp_sizes()
+    # else Accelerate would build the mesh before it is told that there is FSDP on this CPU
+    os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
     accelerator = Accelerator(cpu=on_cpu, fsdp_plugin=plugin, kwargs_handlers=handlers)
     if accelerator.distributed_type != DistributedType.FSDP:
         _force_fsdp(plugin)
+    if sizes:
+        _replicate_and_shard(accelerator, *sizes)
     return accelerator
-
-
-def require_fsdp2_launch() -> None:
-    """Raises ValueError unless `accelerate launch` with an FSDP2 file started this process."""
-    config = "h100x8_fsdp" if torch.cuda.is_available() else "cpu2_fsdp"
-    hint = f"Start with: {LAUNCH.format(config=config)}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        raise ValueError(f"this process was not started by `accelerate launch` with an FSDP configuration. {hint}")
-    if os.environ.get("FSDP_VERSION") != "2":
-        raise ValueError(
-            f"the accelerate configuration asks for FSDP version {os.environ.get('FSDP_VERSION', '1')}; "
-            f"set `fsdp_version: 2`. {hint}"
-        )
 
 
 def _force_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
@@ -68,13 +77,24 @@ def _force_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
-def shard(accelerator: Accelerator, model: nn.Module, optimizer_of) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _replicate_and_shard(accelerator: Accelerator, replicate: int, shard_size: int) -> None:
+    # What Accelerator.__init__ does with a parallelism_config, on GPUs as on CPUs.
+    config = ParallelismConfig(dp_replicate_size=replicate, dp_shard_size=shard_size)
+    AcceleratorState._shared_state["parallelism_config"] = config
+    AcceleratorState._shared_state["device_mesh"] = config.get_device_mesh(accelerator.device.type)
+
+
+def shard(
+    accelerator: Accelerator, model: nn.Module, optimizer_of, checkpointing: str = "full", compiled: bool = False
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Shards the model by FSDP2 and builds its optimizer.
 
     Args:
         model: as loaded, `requires_grad` set; with `fsdp_cpu_ram_efficient_loading` all ranks but the first hold it
             on the meta device.
         optimizer_of: called with the model, returns its optimizer (before sharding, as Accelerate wants it).
+        checkpointing: how `fsdp_activation_checkpointing: true` is carried out, see `apply_checkpointing`.
+        compiled: see `compile_layers`.
 
     Returns:
         The sharded model and the optimizer over its shards.
@@ -95,13 +115,50 @@ def shard(accelerator: Accelerator, model: nn.Module, optimizer_of) -> tuple[nn.
         for name, buffer in model.named_buffers():
             if name in buffers:
                 buffer.data = buffers[name].data
-    return accelerator.prepare(model, optimizer_of(model))
+    optimizer = optimizer_of(model)
+    if plugin.activation_checkpointing:
+        apply_checkpointing(model, checkpointing, offload=bool(plugin.activation_checkpointing_offload))
+        plugin.activation_checkpointing = False  # done; Accelerate would wrap the wrapped
+    if compiled:
+        compile_layers(model)
+    return accelerator.prepare(model, optimizer)
 
 
-def layer_classes(model: nn.Module) -> list[str]:
-    """Class names of the repeated layers: one FSDP unit each."""
-    lists = (model.vision_tower.encoder.layers, model.model.language_model.layers)
-    return sorted({type(layers[0]).__name__ for layers in lists})
+def apply_checkpointing(model: nn.Module, policy: str = "full", offload: bool = False) -> None:
+    """Makes every layer of tower and language model compute activations again in backward. Changes no bit of a result.
+
+    Args:
+        policy: `full` keeps a layer's input only; `selective` also the outputs of its matrix products and attention
+            (`KEPT`), so that next to nothing is computed twice; `none` leaves the model as it is.
+        offload: move what is kept to host memory until backward.
+
+    Raises:
+        ValueError: an unknown policy.
+    """
+    if policy not in ("full", "selective", "none"):
+        raise ValueError(f"checkpointing: {policy!r} is none of full, selective, none")
+    if policy == "none":
+        return
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if policy == "selective" else {}
+    for layers in layer_stacks(model):
+        for number, layer in enumerate(layers):
+            wrapped = checkpoint_wrapper(layer, preserve_rng_state=False, **context)
+            layers[number] = offload_wrapper(wrapped) if offload else wrapped
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles every layer of tower and language model by itself, for sequences of any length; parameters keep names.
+
+    All layers of a stack share their compiled code. Comes after `apply_checkpointing` and before sharding, so that
+    recomputation is compiled and FSDP2's gathers stay outside.
+    """
+    for layers in layer_stacks(model):
+        for layer in layers:
+            layer.compile(dynamic=True)
+
+
+def _keep(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def finish(accelerator: Accelerator) -> None:
@@ -116,9 +173,3 @@ def finish(accelerator: Accelerator) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def agree(values: torch.Tensor) -> torch.Tensor:
-    """Sums a small host tensor over all ranks, in place. The step's one control message; gloo, no device wait."""
-    dist.all_reduce(values)
-    return values

@@ -1,19 +1,23 @@
 """Run under `accelerate launch`: loss and all gradients of one step, dealt unevenly to the ranks.
 
-Usage: gradients.py MODEL_FOLDER OUT_FILE FROZEN_MODULE...
+Usage: gradients.py MODEL_FOLDER OUT_FILE [--checkpointing POLICY] FROZEN_MODULE...
+The result also says what FSDP made of the launch file: units, layers that hold whole weights after a forward,
+checkpointed layers, and in how many pieces a weight lies.
 Rank 0 gets a text-only sample and an empty micro-batch; the images are on the others (with one rank: all on it).
 """
 
-import sys
+import argparse
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny import geometry, pack_tiny, random_samples
+from torch.distributed.tensor import DTensor
 
 from llava_next.model.export import full_tensors
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.loop import agree_on_step, slot_weights
+from llava_next.training.agreement import agree_on_step, slot_weights
+from llava_next.training.launch import layer_stacks
 from llava_next.training.optim import Rates, build_optimizer, freeze
 from llava_next.training.parallel import build_accelerator, finish, shard
 
@@ -39,23 +43,36 @@ def micro_batches(rank: int, world: int, anyres):
     return [pack_tiny(part, anyres) for part in parts]
 
 
-def main(folder: str, out: str, *frozen: str) -> None:
+def shape_of(model) -> dict[str, torch.Tensor]:
+    """What sharding, resharding and checkpointing did to the model, as counts; call it between forward and backward."""
+    layers = [layer for stack in layer_stacks(model) for layer in stack]
+    shape = {
+        "units": sum("FSDP" in n and "Checkpoint" not in n for n in (type(m).__name__ for m in model.modules())),
+        "gathered": sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers),
+        "checkpointed": sum(hasattr(layer, "_checkpoint_wrapped_module") for layer in layers),
+    }
+    return {name: torch.tensor(value) for name, value in shape.items()}
+
+
+def main(folder: str, out: str, frozen: list[str], checkpointing: str) -> None:
     torch.set_num_threads(1)
     accelerator = build_accelerator()
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
     freeze(model, rates)
-    model, _ = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0))
+    model, _ = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), checkpointing)
     micros = micro_batches(accelerator.process_index, accelerator.num_processes, geometry(model.config))
     counts = agree_on_step(micros, 6, stop=False)
     weights = slot_weights(counts.supervised, "token")
     total = torch.zeros(())
     for batch in micros:
         loss = model(**batch.weighted(weights).model_inputs(accelerator.device), num_sources=2).loss
+        result = shape_of(model)
         (loss * accelerator.num_processes).backward()
         total += loss.detach()
     dist.all_reduce(total)
-    result = {"loss": total, "units": torch.tensor(sum("FSDP" in type(m).__name__ for m in model.modules()))}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    result |= {"loss": total, "grad_norm": norm.full_tensor(), "mesh": torch.tensor(norm.device_mesh.shape)}
     for name, tensor in full_tensors(model):
         result[f"weight/{name}"] = tensor.contiguous()
     for name, parameter in model.named_parameters():
@@ -67,4 +84,9 @@ def main(folder: str, out: str, *frozen: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("out")
+    parser.add_argument("frozen", nargs="*")
+    parser.add_argument("--checkpointing", default="full")
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,253 @@
+"""Draws loss, throughput and learning rates of one or several runs to one PNG, from their metrics.jsonl.
+
+    python scripts/plot_run.py runs/vicuna-7b runs/vicuna-7b-again --out compare.png
+
+Works while a run is going on. Steps that a resumed run did again count once, as done last; a line that a crash cut off
+is left out. With two to five sources the fourth panel is the loss of each, else the gradient norm.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jsonargparse import ArgumentParser
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+# Okabe and Ito's palette without yellow and black: distinct also for colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+STYLE = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+@dataclass
+class Run:
+    """What is drawn of a run: arrays over its steps.
+
+    Args:
+        steps: int64 [n], ascending, each once.
+        values: name -> float64 [n]; NaN where a step has no such number. Keys below `rates` and `source_loss` are
+            `rates/llm`, `source_loss/NAME`.
+        held_out: (steps, losses) of validation.jsonl, or None.
+        unreadable: lines of metrics.jsonl that are no JSON.
+    """
+
+    name: str
+    steps: np.ndarray
+    values: dict[str, np.ndarray]
+    held_out: tuple[np.ndarray, np.ndarray] | None
+    unreadable: int
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """The values below a prefix, by what follows it."""
+        return {key.removeprefix(prefix): v for key, v in self.values.items() if key.startswith(prefix)}
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """Records by step, the last one of each step, and how many lines were unreadable."""
+    by_step, unreadable = {}, 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            by_step[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+    return [by_step[step] for step in sorted(by_step)], unreadable
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        ValueError: no metrics.jsonl there, or no step in it yet.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{folder} has no metrics.jsonl; give the run_dir of a run that has made its first step")
+    records, unreadable = read_lines(path)
+    if not records:
+        raise ValueError(f"{path} holds no step yet")
+    flat = []
+    for record in records:
+        nested = {f"{k}/{n}": v for k in ("rates", "source_loss") for n, v in record.get(k, {}).items()}
+        flat.append({k: v for k, v in {**record, **nested}.items() if isinstance(v, (int, float))})
+    keys = {key for record in flat for key in record}
+    values = {key: np.array([record.get(key, np.nan) for record in flat], dtype=np.float64) for key in sorted(keys)}
+    held_out = None
+    if (folder / "validation.jsonl").exists():
+        points = [(r["step"], r["loss/all"]) for r in read_lines(folder / "validation.jsonl")[0] if "loss/all" in r]
+        held_out = tuple(np.array(column) for column in zip(*points, strict=True)) if points else None
+    return Run(name, values["step"].astype(np.int64), values, held_out, unreadable)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Exponential moving average, float64 [n], started without a bias towards 0; NaN takes no part.
+
+    Args:
+        window: steps that the average looks back on, roughly: the newest weighs 2 / (window + 1).
+    """
+    keep = 1 - 2 / (window + 1)
+    out, total, weight = np.empty(len(values)), 0.0, 0.0
+    for i, value in enumerate(values):
+        if np.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out[i] = total / weight if weight else np.nan
+    return out
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def draw(runs: list[Run], window: int | None = None) -> plt.Figure:
+    """The figure of several runs, a colour each.
+
+    Args:
+        window: steps of smoothing; None: a fiftieth of the longest run.
+    """
+    window = window or max(1, max(len(run.steps) for run in runs) // 50)
+    few_sources = any(2 <= len(run.group("source_loss/")) <= len(LINES) for run in runs)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(12, 7.4), layout="constrained")
+        (loss, fourth), (speed, rates) = axes
+        for number, run in enumerate(runs):
+            colour = COLOURS[number % len(COLOURS)]
+            draw_loss(loss, run, colour, window)
+            draw_speed(speed, run, colour, window)
+            draw_rates(rates, run, colour, several=len(runs) > 1)
+            if few_sources:
+                draw_sources(fourth, run, colour, window, several=len(runs) > 1)
+            else:
+                draw_smoothed(fourth, run, "grad_norm", colour, window, run.name)
+        smoothing = f", average over about {window} steps" if window > 1 else ""
+        finish(loss, f"Loss{smoothing}", robust=[run.values.get("loss") for run in runs])
+        finish(speed, f"Throughput, tokens/s{smoothing}", bottom=0)
+        finish(rates, "Learning rate", bottom=0)
+        grads = [run.values.get("grad_norm") for run in runs]
+        finish(fourth, f"Loss by source{smoothing}") if few_sources else finish(fourth, "Gradient norm", robust=grads)
+        for axis in (speed, rates):
+            axis.set_xlabel("step")
+    return figure
+
+
+def draw_smoothed(axis, run: Run, key: str, colour, window: int, label: str, line="-") -> None:
+    """A quantity over the steps: faint as logged, strong smoothed."""
+    if key not in run.values:
+        return
+    if window > 1:
+        axis.plot(run.steps, run.values[key], color=colour, alpha=0.22, linewidth=0.7)
+    axis.plot(run.steps, smooth(run.values[key], window), color=colour, linewidth=1.6, label=label, linestyle=line)
+
+
+def draw_loss(axis, run: Run, colour, window: int) -> None:
+    draw_smoothed(axis, run, "loss", colour, window, run.name)
+    if run.held_out is not None:
+        axis.plot(
+            *run.held_out, "o", color=colour, markersize=4, markeredgecolor="white", label=f"{run.name}, held out"
+        )
+
+
+def draw_speed(axis, run: Run, colour, window: int) -> None:
+    if "tokens_per_s" not in run.values:
+        return
+    label = f"{run.name}: median {np.nanmedian(run.values['tokens_per_s']):,.0f}"
+    if "mfu" in run.values:
+        label += f", MFU {100 * np.nanmedian(run.values['mfu']):.1f} %"
+    draw_smoothed(axis, run, "tokens_per_s", colour, window, label)
+
+
+def draw_rates(axis, run: Run, colour, several: bool) -> None:
+    """A line for each rate; modules that share one share the line."""
+    together: dict[bytes, list[str]] = {}
+    for module, rate in run.group("rates/").items():
+        together.setdefault(rate.tobytes(), []).append(module)
+    for number, modules in enumerate(together.values()):
+        label = f"{run.name}: {', '.join(modules)}" if several else ", ".join(modules)
+        line = LINES[number % len(LINES)]
+        axis.plot(
+            run.steps, run.values[f"rates/{modules[0]}"], color=colour, linestyle=line, linewidth=1.6, label=label
+        )
+
+
+def draw_sources(axis, run: Run, colour, window: int, several: bool) -> None:
+    """A line for each source: by colour when there is one run, else by line style in the run's colour."""
+    for number, source in enumerate(list(run.group("source_loss/"))[: len(LINES)]):
+        chosen = (colour, LINES[number]) if several else (COLOURS[number], "-")
+        label = f"{run.name}: {source}" if several else source
+        draw_smoothed(axis, run, f"source_loss/{source}", chosen[0], window, label, chosen[1])
+
+
+def finish(axis, title: str, bottom: float | None = None, robust: list | None = None) -> None:
+    """Title, legend and limits of a panel.
+
+    Args:
+        bottom: lower limit.
+        robust: values whose highest per mille may leave the picture, so that one spike does not flatten the rest.
+    """
+    axis.set_title(title)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best")
+    axis.margins(x=0.01)
+    axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True, nbins=8))
+    axis.yaxis.set_major_formatter(plt.FuncFormatter(number))
+    values = [v[np.isfinite(v)] for v in robust or [] if v is not None]
+    values = np.concatenate(values) if values else np.empty(0)
+    if len(values) > 200:
+        low, high = np.min(values), np.quantile(values, 0.999)
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    if bottom is not None:
+        axis.set_ylim(bottom=bottom)
+
+
+def number(value: float, position=None) -> str:
+    """An axis label: 12,000, 0.25, 2e-05."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders (run_dir of a training)")
+    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="PNG file")
+    parser.add_argument("--smooth", type=int | None, help="steps to average over; default: a fiftieth of the run")
+    args = parser.parse_args()
+    try:
+        runs = [read_run(folder, name) for folder, name in zip(args.runs, labels(args.runs), strict=True)]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    aside = args.out.with_name(f".{args.out.name}.tmp")
+    draw(runs, args.smooth).savefig(aside, dpi=140, format="png")
+    os.replace(aside, args.out)  # a viewer that reloads never sees half a picture
+    for run in runs:
+        loss = smooth(run.values["loss"], max(1, len(run.steps) // 50))[-1] if "loss" in run.values else np.nan
+        cut = f"; {run.unreadable} unreadable lines left out" if run.unreadable else ""
+        print(f"{run.name}: steps {run.steps[0]} to {run.steps[-1]}, loss {loss:.4f}{cut}")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

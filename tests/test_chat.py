@@ -1,0 +1,112 @@
+"""Chatting with a finished folder: streaming, follow-up turns, one shot; stock transformers, random weights."""
+
+import io
+import json
+import sys
+
+import chat
+import compose
+import make_digits
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The composed demo model, and a few pictures: folder with digits/ and model/."""
+    folder = tmp_path_factory.mktemp("chat")
+    make_digits.build(folder / "digits", train=60, held_out=4, seed=0)
+    arguments = ["--demo", folder / "digits/train.json", "--template", "mistral", "--out", folder / "model"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compose.py", *map(str, arguments)])
+        compose.main()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(demo):
+    return chat.load(str(demo / "model"))
+
+
+@pytest.fixture
+def conversation(loaded):
+    return chat.Chat(*loaded, max_new_tokens=8)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+
+
+def stock_answer(conversation, messages, pictures) -> str:
+    """Greedy answer without streaming, thread or `Chat`."""
+    text = conversation.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = conversation.processor(images=pictures or None, text=text, return_tensors="pt")
+    inputs = inputs.to(conversation.model.device, conversation.model.dtype)
+    with torch.no_grad():
+        output = conversation.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return conversation.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_follow_up_turns_see_the_whole_conversation_and_all_pictures(conversation):
+    pieces = []
+    first = conversation.ask("What number is written?", [picture(0)], pieces.append)
+    assert "".join(pieces).strip() == first and first
+    second = conversation.ask("And here?", [picture(1)], pieces.append)
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2
+    assert conversation.messages[1]["content"][0]["text"] == first
+    for turns, pictures, answer in ((1, 1, first), (3, 2, second)):
+        assert answer == stock_answer(conversation, conversation.messages[:turns], conversation.pictures[:pictures])
+    conversation.reset()
+    assert conversation.messages == [] and conversation.pictures == []
+    assert conversation.ask("What number is written?", [picture(0)], pieces.append) == first
+
+
+def test_failed_answer_is_an_error_and_leaves_the_conversation_as_it_was(conversation, monkeypatch):
+    conversation.ask("What number is written?", [picture(0)], lambda piece: None)
+    before = [*conversation.messages]
+
+    def fail(**_):
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(conversation.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        conversation.ask("And now?", [], lambda piece: None)
+    assert conversation.messages == before and len(conversation.pictures) == 1
+
+
+def run_main(monkeypatch, capsys, *arguments, typed: str = "") -> str:
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--max_new_tokens", "8", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    chat.main()
+    return capsys.readouterr().out
+
+
+def test_one_shot_prints_the_answer_and_nothing_else(demo, conversation, monkeypatch, capsys):
+    name = json.loads((demo / "digits/held_out.json").read_text())[0]["image"]
+    file = demo / "digits/images" / name
+    out = run_main(monkeypatch, capsys, "--model", demo / "model", "--image", file, "--prompt", "What is written?")
+    shown = chat.open_picture(str(file))
+    assert out.strip() == conversation.ask("What is written?", [shown], lambda piece: None)
+
+
+def test_terminal_conversation_with_commands(demo, conversation, monkeypatch, capsys, tmp_path):
+    picture(3).save(tmp_path / "later.png")
+    typed = (
+        f"Hello?\n/image {tmp_path}/nothing.png\n/image {tmp_path}/later.png\nWhat is written?\n/reset\nHello?\n/quit\n"
+    )
+    out = run_main(monkeypatch, capsys, "--model", demo / "model", typed=typed)
+    hello = conversation.ask("Hello?", [], lambda piece: None)
+    written = conversation.ask("What is written?", [picture(3)], lambda piece: None)
+    answers = [part.split("\n")[0].split("you: ")[0].strip() for part in out.split("model: ")[1:]]
+    assert answers == [" ".join(text.split("\n")[:1]).strip() for text in (hello, written, hello)]
+    assert "nothing.png: No such file" in out
+
+
+def test_missing_picture_or_model_is_one_line(demo, monkeypatch, tmp_path):
+    for arguments in (["--image", tmp_path / "none.png"], ["--model", tmp_path / "none"]):
+        monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(demo / "model"), *map(str, arguments)])
+        with pytest.raises(SystemExit, match=r"error: .*none"):
+            chat.main()

@@ -1,0 +1,120 @@
+"""Plotting a run: repeated steps count once, half lines not at all; panels show what they say."""
+
+import json
+import sys
+
+import numpy as np
+import plot_run
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+
+def write_run(folder, steps, sources=("coco", "gqa"), shift=0.0):
+    """A run folder whose loss is 10 / step + shift."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metrics.jsonl", "a") as file:
+        for step in steps:
+            record = {
+                "step": step,
+                "loss": 10 / step + shift,
+                "grad_norm": 1.0,
+                "tokens_per_s": 1000.0 + step,
+                "rates": {"llm": 2e-5, "projector": 2e-5, "vision": 2e-6},
+                "source_loss": {name: 10 / step + number for number, name in enumerate(sources)},
+            }
+            file.write(json.dumps(record) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+def test_steps_done_twice_count_once_as_done_last_and_half_lines_are_left_out(tmp_path):
+    run = write_run(tmp_path / "run", range(1, 9))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # killed while writing, then resumed from step 5 on the same line
+    write_run(run, range(6, 12), shift=0.5)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "loss": 1')
+    read = plot_run.read_run(run, "run")
+    # step 6 after the crash shares its line with the half one: the first try's stands for it
+    assert read.steps.tolist() == list(range(1, 12)) and read.unreadable == 2
+    expected = [10 / s + (0.5 if s > 6 else 0) for s in range(1, 12)]
+    np.testing.assert_allclose(read.values["loss"], expected, rtol=1e-12)
+    assert read.values["rates/vision"].tolist() == [2e-6] * 11
+
+
+def test_numbers_that_a_step_lacks_or_that_are_not_finite_leave_gaps(tmp_path):
+    (tmp_path / "run").mkdir()
+    lines = [
+        '{"step": 1, "loss": 2.0, "mfu": 0.4}',
+        '{"step": 2, "loss": NaN}',
+        '{"step": 3, "loss": 1.0, "source_loss": {"a": 1}}',
+    ]
+    (tmp_path / "run/metrics.jsonl").write_text("\n".join(lines))
+    run = plot_run.read_run(tmp_path / "run", "run")
+    np.testing.assert_array_equal(run.values["loss"], [2.0, np.nan, 1.0])
+    np.testing.assert_array_equal(run.values["source_loss/a"], [np.nan, np.nan, 1.0])
+    assert np.isfinite(plot_run.smooth(run.values["loss"], 5)).all()
+    plot_run.draw([run])
+
+
+def test_smoothing_keeps_a_constant_and_starts_without_bias():
+    np.testing.assert_allclose(plot_run.smooth(np.full(50, 3.0), 20), 3.0, rtol=1e-12)
+    values = np.array([4.0, 0.0, 0.0])
+    # window 3: the newest weighs half
+    np.testing.assert_allclose(plot_run.smooth(values, 3), [4.0, 1 / 0.75, 0.5 / 0.875], rtol=1e-12)
+    assert plot_run.smooth(values, 1).tolist() == values.tolist()
+
+
+def drawn(axis) -> dict[str, tuple]:
+    """Label -> (x, y, colour) of the labelled lines of a panel."""
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    return {line.get_label(): (line.get_xdata(), line.get_ydata(), line.get_color()) for line in lines}
+
+
+def test_several_runs_have_a_colour_each_and_sources_a_panel(tmp_path):
+    write_run(tmp_path / "a/run", range(1, 41))
+    write_run(tmp_path / "b/run", range(1, 21))
+    (tmp_path / "a/run/validation.jsonl").write_text('{"step": 20, "loss/all": 1.25, "loss/coco": 1.0}\n')
+    folders = [tmp_path / "a/run", tmp_path / "b/run"]
+    names = plot_run.labels(folders)
+    assert names == ["a/run", "b/run"]
+    figure = plot_run.draw([plot_run.read_run(f, n) for f, n in zip(folders, names, strict=True)], window=1)
+    loss, sources, speed, rates = figure.axes
+    lines = drawn(loss)
+    assert set(lines) == {"a/run", "a/run, held out", "b/run"} and lines["a/run"][2] != lines["b/run"][2]
+    np.testing.assert_allclose(lines["b/run"][1], 10 / np.arange(1, 21))
+    assert (lines["a/run, held out"][0], lines["a/run, held out"][1]) == ([20], [1.25])
+    assert set(drawn(sources)) == {f"{run}: {source}" for run in names for source in ("coco", "gqa")}
+    assert "a/run: median 1,020" in drawn(speed)
+    # modules with one rate share a line
+    assert set(drawn(rates)) == {f"{run}: {m}" for run in names for m in ("llm, projector", "vision")}
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_gradient_norm_takes_the_panel_when_there_is_one_source_or_too_many(tmp_path, count):
+    run = plot_run.read_run(write_run(tmp_path / "run", range(1, 9), [f"s{n}" for n in range(count)]), "run")
+    assert plot_run.draw([run]).axes[1].get_title(loc="left") == "Gradient norm"
+
+
+def test_one_spike_does_not_flatten_the_loss(tmp_path):
+    run = write_run(tmp_path / "run", range(1, 2001))
+    write_run(run, [1000], shift=500.0)
+    assert plot_run.draw([plot_run.read_run(run, "run")]).axes[0].get_ylim()[1] < 20
+
+
+def test_command_writes_a_picture_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    run, out = write_run(tmp_path / "run", range(1, 101)), tmp_path / "plot.png"
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(run), "--out", str(out)])
+    plot_run.main()
+    picture = np.asarray(Image.open(out).convert("RGB"))
+    assert picture.shape[0] > 900 and picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    assert "run: steps 1 to 100" in capsys.readouterr().out and [p.name for p in tmp_path.glob(".*")] == []
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path / "nothing"), "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"nothing has no metrics.jsonl"):
+        plot_run.main()

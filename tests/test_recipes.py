@@ -1,0 +1,141 @@
+"""Every recipe has exactly the published figures, and its printed commands fit together."""
+
+import math
+import re
+import shlex
+
+import compose
+import pytest
+from launching import ROOT
+
+from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
+from llava_next.model.dry import architecture
+from llava_next.templates import get_template
+from llava_next.training.config import parse_run
+from llava_next.training.optim import rate_multiplier, warmup_steps
+from llava_next.training.setup import load_parts
+
+RECIPES = ROOT / "scripts/recipes"
+TEMPLATES = {"vicuna-7b": "vicuna_v1", "llama3-8b": "llama_3", "qwen2-7b": "qwen", "mistral-7b": "mistral"}
+MODELS = [llm + tower for llm in TEMPLATES for tower in ("", "-siglip")]
+# largest AnyRes picture of a tower in tokens
+LARGEST = {"": (AnyRes(336, 14, ORIGINAL_336), 2928), "-siglip": (AnyRes(384, 14, ORIGINAL_384), 3699)}
+NEEDED = ["--model", "m", "--run_dir", "r", "--data.sources", "s"]
+
+
+def recipe(model: str, stage: str, *options: str):
+    """The run that `scripts/STAGE.py --config RECIPE` makes of a recipe."""
+    given = ["--config", str(RECIPES / model / f"{stage}.yaml"), *NEEDED, *options]
+    return parse_run(given, default_recipe=RECIPES / "vicuna-7b" / f"{stage}.yaml")[0]
+
+
+def llm_of(model: str) -> str:
+    return model.removesuffix("-siglip")
+
+
+def tower_of(model: str) -> str:
+    return model.removeprefix(llm_of(model))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("model", MODELS)
+def test_recipe_has_exactly_the_published_figures(model, stage):
+    run = recipe(model, stage)
+    data, optim = run.data, run.optim
+    first = stage == "pretrain"
+    assert data.batch_size == (256 if first else 128) and data.epochs == 1
+    assert data.template == ("plain" if first else TEMPLATES[llm_of(model)])
+    assert data.max_length == (4096 if model in ("vicuna-7b", "qwen2-7b", "mistral-7b") else 6144)
+    llm = None if first else 1e-5 if llm_of(model) == "qwen2-7b" else 2e-5
+    rates = optim.rates
+    assert (rates.llm, rates.vision) == (llm, None if first else 2e-6)
+    assert (rates.projector, rates.newline) == ((1e-3, 1e-3) if first else (2e-5, llm))
+    assert (tuple(optim.betas), optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0.0)
+    assert (optim.warmup_ratio, optim.max_grad_norm, optim.loss_weighting) == (0.03, 1.0, "token")
+    assert run.seed == 42 and run.max_steps is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_longest_picture_fits_the_length_and_the_budget_holds_two_samples(model):
+    anyres, largest = LARGEST[tower_of(model)]
+    width, height = max(
+        ((w, h) for w in (672, 1344, 768) for h in (672, 1344, 768)), key=lambda s: anyres.num_tokens(*s)
+    )
+    assert anyres.num_tokens(width, height) == largest
+    for stage in ("pretrain", "finetune"):
+        data = recipe(model, stage).data
+        assert largest < data.max_length and data.token_budget == 2 * data.max_length
+        # tiles never bind before tokens do: a full budget of the largest pictures, 5 tiles each
+        assert 5 * (data.token_budget // largest + 1) <= data.tile_budget
+
+
+@pytest.mark.parametrize(
+    ("stage", "samples", "steps", "warmup"),
+    [("pretrain", 558_128, 2_181, 66), ("finetune", 665_298, 5_198, 156), ("finetune", 779_289, 6_089, 183)],
+)
+def test_steps_and_warm_up_are_the_published_ones(stage, samples, steps, warmup):
+    run = recipe("vicuna-7b", stage)
+    assert math.ceil(samples / run.data.batch_size) == steps
+    assert warmup_steps(steps, run.optim.warmup_ratio) == warmup
+    assert rate_multiplier(0, steps, 0.03) == 0 and rate_multiplier(warmup, steps, 0.03) == 1
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_script_without_config_runs_vicuna_7b(stage):
+    default = parse_run(NEEDED, default_recipe=RECIPES / "vicuna-7b" / f"{stage}.yaml")[0]
+    assert default == recipe("vicuna-7b", stage)
+
+
+def test_own_copy_of_a_recipe_anywhere_means_the_same_and_options_override_it(tmp_path):
+    for stage in ("pretrain", "finetune"):
+        copy = tmp_path / "mine.yaml"
+        copy.write_text((RECIPES / "qwen2-7b-siglip" / f"{stage}.yaml").read_text())
+        ours = parse_run(["--config", str(copy), *NEEDED], RECIPES / "vicuna-7b" / f"{stage}.yaml")[0]
+        assert ours == recipe("qwen2-7b-siglip", stage)
+    changed = recipe("qwen2-7b", "finetune", "--optim.rates.llm", "3e-5", "--data.max_length", "2048")
+    assert (changed.optim.rates.llm, changed.optim.rates.vision, changed.data.max_length) == (3e-5, 2e-6, 2048)
+
+
+def commands(model: str, stage: str) -> list[list[str]]:
+    """The commands in a recipe's header, split as a shell would."""
+    lines = [
+        line[1:].strip() for line in (RECIPES / model / f"{stage}.yaml").read_text().splitlines() if line[:1] == "#"
+    ]
+    text = "\n".join(lines).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if re.match(r"accelerate|python ", line)]
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_printed_commands_name_what_exists_and_stage_2_takes_stage_1s_model(model):
+    composing, first = commands(model, "pretrain")
+    (second,) = commands(model, "finetune")
+    assert (ROOT / composing[1]).exists() and option(composing, "--template") == TEMPLATES[llm_of(model)]
+    assert architecture(option(composing, "--llm")).model_type in ("llama", "qwen2", "mistral")
+    tower = architecture(option(composing, "--vision"))
+    assert tower.image_size == LARGEST[tower_of(model)][0].tile_size
+    for stage, command in (("pretrain", first), ("finetune", second)):
+        assert command[:3] == ["accelerate", "launch", "--config_file"] and command[4] == f"scripts/{stage}.py"
+        assert (ROOT / command[3]).exists() and (ROOT / command[4]).exists()
+        assert option(command, "--config") == f"scripts/recipes/{model}/{stage}.yaml"
+        own = parse_run(command[5:], default_recipe=RECIPES / "vicuna-7b" / f"{stage}.yaml")[0]
+        assert own.data == recipe(model, stage, "--data.sources", own.data.sources[0].path).data
+    assert option(first, "--model") == option(composing, "--out")
+    assert option(second, "--model") == option(first, "--run_dir") + "/model"
+
+
+@pytest.mark.parametrize("model", ["vicuna-7b", "llama3-8b-siglip"])
+def test_one_composed_folder_serves_both_stages(model, tmp_path, monkeypatch):
+    """Tiny weights of the recipe's true architecture: template, window and vocabulary are accepted by both recipes."""
+    composing = commands(model, "pretrain")[0]
+    arguments = ["compose.py", *composing[2:], "--random_init", "--scale", "tiny", "--out", str(tmp_path / "model")]
+    monkeypatch.setattr("sys.argv", arguments)
+    compose.main()
+    for stage in ("pretrain", "finetune"):
+        run = recipe(model, stage, "--model", str(tmp_path / "model"))
+        parts = load_parts(run)
+        assert parts.encoder.template is get_template(run.data.template)
+        assert parts.anyres == LARGEST[tower_of(model)][0]
