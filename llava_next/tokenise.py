@@ -8,6 +8,7 @@ and the offsets of its tokens tell where the supervised part begins.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -140,6 +141,12 @@ def bind(tokenizer: PreTrainedTokenizerFast, special: Sequence[str], probe: Sequ
 def rendered_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """What the stock processor makes of a rendered text: special tokens are recognised, the tokenizer adds its own."""
     return tokenizer(text, split_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:
+    """Names a tokenizer with a template: text lengths counted under the same name are exact for the run."""
+    text = f"{template_name}\n{tokenizer.backend_tokenizer.to_str()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def put_blank_merges_last(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,7 +11,7 @@ from tiny import ANYRES, gradients, pack_tiny, random_samples, stock_logits, sto
 from llava_next.anyres import AnyRes
 from llava_next.data.batch import Example, pack
 from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
-from llava_next.training.loop import slot_weights
+from llava_next.training.agreement import slot_weights
 
 GOLDEN = Path(__file__).parent / "data" / "tiny_model"
 TOLERANCE = 1e-5

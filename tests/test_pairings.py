@@ -26,7 +26,7 @@ from llava_next.model.attention import attention_names, check_window, choose_att
 from llava_next.model.dry import LLMS, TOWERS
 from llava_next.model.export import save_model
 from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
-from llava_next.training.loop import slot_weights
+from llava_next.training.agreement import slot_weights
 from llava_next.training.optim import Rates, build_optimizer, freeze
 
 TOLERANCE = 1e-5

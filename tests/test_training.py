@@ -5,24 +5,21 @@ import shutil
 import sys
 from pathlib import Path
 
-import build_shards
 import evaluate
 import finetune
-import make_digits
 import numpy as np
 import pytest
 import torch
+from demo import build_demo, compose_demo
 from launching import ROOT, launch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_next.model.compose import compose, random_part
-from llava_next.model.dry import DEMO_PINPOINTS, corpus_texts, demo_configs, train_tokenizer
 from llava_next.model.export import save_model
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.checkpoint import checkpoint_to_resume, complete_checkpoints
+from llava_next.training.agreement import slot_weights
 from llava_next.training.config import parse_run, save_run
-from llava_next.training.loop import slot_weights
 from llava_next.training.optim import rate_multiplier, warmup_steps
+from llava_next.training.recovery import checkpoint_to_resume, complete_checkpoints
 from llava_next.training.setup import report_export
 
 SAMPLES, BATCH = 96, 16
@@ -34,34 +31,6 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     build_demo(folder, SAMPLES)
     return folder
-
-
-def build_demo(folder: Path, samples: int) -> None:
-    """folder/digits, folder/base (the composed model) and folder/shards."""
-    make_digits.build(folder / "digits", train=samples, held_out=4, seed=0)
-    arguments = [
-        "--json",
-        folder / "digits/train.json",
-        "--images",
-        folder / "digits/images",
-        "--out",
-        folder / "shards",
-    ]
-    compose_demo(folder / "base", folder / "digits/train.json")
-    build_shards.main(
-        [
-            str(a)
-            for a in [*arguments, "--model", folder / "base", "--workers", 0, "--shard_samples", 20, "--codec", "webp"]
-        ]
-    )
-
-
-def compose_demo(out: Path, samples: Path, template: str = "mistral") -> Path:
-    vision, llm = demo_configs()
-    tokenizer = train_tokenizer(corpus_texts(json.loads(samples.read_text()), template), vocab_size=400)
-    return compose(
-        random_part(vision, 0), random_part(llm, 0), tokenizer, template, out, DEMO_PINPOINTS, dtype=torch.float32
-    )
 
 
 def run_stage(demo, run, *options, processes=2, check=True):
@@ -263,9 +232,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(demo, tmp_path, monkeypatch,
 
 def test_damaged_sample_becomes_a_hole_and_the_run_goes_on(demo, tmp_path):
     """A strip that no longer decodes, checksums made to match: left out, written down, equal on all ranks."""
-    from llava_next.data.index import read_dataset, write_dataset
-    from llava_next.data.shards import ShardFile, StripInfo, read_sample
+    from llava_next.data.index import read_dataset
+    from llava_next.data.shards import StripInfo, read_sample
     from llava_next.data.storage import Storage
+    from llava_next.data.writer import ShardFile, write_dataset
 
     info, index = read_dataset(demo / "shards")
     storage, folder, parts = Storage(demo / "shards"), tmp_path / "shards", []

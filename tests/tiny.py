@@ -142,19 +142,39 @@ def pack_tiny(examples: list[Example], anyres: AnyRes = ANYRES, **kwargs) -> Pac
     return pack(examples, anyres.tile_size, anyres.patches_per_tile, **kwargs)
 
 
+def pixel_batch(
+    examples: list[Example], sizes: list[list[tuple[int, int]]], anyres: AnyRes, config: LlavaNextConfig
+) -> dict[str, torch.Tensor]:
+    """A batch padded on the right, with labels, as transformers' own forward takes it.
+
+    Args:
+        sizes: (width, height) of each example's images.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    ids, mask = torch.zeros(2, len(examples), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        ids[row, :length], mask[row, :length] = torch.from_numpy(example.input_ids), 1
+        labels[row, 1:length] = torch.from_numpy(example.labels[1:])
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    mean, std = NORMALISATION[config.vision_config.model_type]
+    pixels = []
+    for example, of_images in zip(examples, sizes, strict=True):
+        tiles = normalise(torch.from_numpy(example.tiles), mean, std)
+        pixels += tiles.split([anyres.num_tiles(*size) for size in of_images]) if of_images else []
+    if pixels:
+        most = max(len(p) for p in pixels)
+        inputs["pixel_values"] = torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels])
+        inputs["image_sizes"] = torch.tensor([(h, w) for of_images in sizes for w, h in of_images])
+    return inputs
+
+
 def stock_logits(model: StockLlavaNext, example: Example, sizes: list[tuple[int, int]]) -> torch.Tensor:
     """Logits `[t, vocabulary]` of one sample through transformers' own forward."""
-    inputs = {}
-    if sizes:
-        mean, std = NORMALISATION[model.config.vision_config.model_type]
-        anyres = geometry(model.config)
-        pixels = normalise(torch.from_numpy(example.tiles), mean, std)
-        per_image = pixels.split([anyres.num_tiles(*s) for s in sizes])
-        most = max(len(p) for p in per_image)
-        padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in per_image]
-        inputs = {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor([(h, w) for w, h in sizes])}
-    ids = torch.from_numpy(example.input_ids)[None]
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
+    inputs = pixel_batch([example], [sizes], geometry(model.config), model.config)
+    del inputs["labels"]
+    return model(**inputs).logits[0]
 
 
 def packed_logits(model: LlavaNextForConditionalGeneration, batch: PackedBatch) -> torch.Tensor:

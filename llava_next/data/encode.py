@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_next.anyres import AnyRes
 from llava_next.data.batch import Example, move_features
-from llava_next.data.shards import BadSample, RawSample, decode_strip
+from llava_next.data.pictures import open_picture
+from llava_next.data.shards import BadSample, RawSample, StripInfo, decode_strip
 from llava_next.templates import Template
 
 
@@ -55,7 +56,7 @@ class Encoder:
             BadSample: a strip that does not decode, tiles of another geometry, conversations that the template
                 refuses; the message says which.
         """
-        tiles = [self._tiles(raw, number) for number in range(len(raw.images))]
+        tiles = [picture_tiles(image, number, self.anyres) for number, image in enumerate(raw.images)]
         indices = [self.anyres.feature_index(image.width, image.height) for image in raw.images]
         try:
             input_ids, labels = self.template.encode(
@@ -83,21 +84,34 @@ class Encoder:
             truncated=truncated,
         )
 
-    def _tiles(self, raw: RawSample, number: int) -> np.ndarray:
-        image = raw.images[number]
-        grid = self.anyres.grid(image.width, image.height)
-        if grid != (image.rows, image.cols):
-            raise BadSample(
-                f"image {number} is cut into {image.rows} x {image.cols} tiles, this model wants {grid[0]} x {grid[1]} "
-                f"for {image.width} x {image.height} px; rebuild the shards for this vision tower"
-            )
-        tiles = decode_strip(image.data, self.anyres.tile_size)
-        if len(tiles) != 1 + image.rows * image.cols:
-            raise BadSample(f"image {number} holds {len(tiles)} tiles instead of {1 + image.rows * image.cols}")
-        return tiles
-
     def _join(self, indices: list[np.ndarray], num_tiles: list[int]) -> np.ndarray:
         """Feature indices of several images as one, tiles counted on; the newline row stays 0."""
         starts = np.cumsum([0, *num_tiles])[: len(indices)]
         moved = [move_features(i, s, self.anyres.patches_per_tile) for i, s in zip(indices, starts, strict=True)]
         return np.concatenate(moved) if moved else np.zeros(0, np.int64)
+
+
+def picture_tiles(image: StripInfo, number: int, anyres: AnyRes) -> np.ndarray:
+    """Tiles of a stored picture, decoded or cut: uint8 [n, S, S, 3].
+
+    Args:
+        number: of the picture in its sample, for messages.
+
+    Raises:
+        BadSample: it does not decode, or was cut for another geometry than `anyres`.
+    """
+    if image.is_raw:
+        try:
+            return anyres.tiles(open_picture(image.data))
+        except ValueError as error:
+            raise BadSample(str(error)) from error
+    grid = anyres.grid(image.width, image.height)
+    if grid != (image.rows, image.cols):
+        raise BadSample(
+            f"image {number} is cut into {image.rows} x {image.cols} tiles, this model wants {grid[0]} x {grid[1]} "
+            f"for {image.width} x {image.height} px; rebuild the shards for this vision tower"
+        )
+    tiles = decode_strip(image.data, anyres.tile_size)
+    if len(tiles) != 1 + image.rows * image.cols:
+        raise BadSample(f"image {number} holds {len(tiles)} tiles instead of {1 + image.rows * image.cols}")
+    return tiles

@@ -14,6 +14,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser
 
+from llava_next.training.hardware import Hardware, parse_hardware
 from llava_next.training.optim import Rates
 
 
@@ -47,8 +48,16 @@ class DataConfig:
         token_budget: tokens of a micro-batch on one rank. Changes speed and memory, never the result.
         tile_budget: tiles of a micro-batch on one rank.
         shuffle_shards: shards per shuffle window; null shuffles the whole data set.
+        allow_changed_plan: resume although sources, seed or batch size changed, with the samples not yet seen.
         num_workers: loader processes per rank; 0 loads in the training process.
+        reads_in_flight: reads of one rank that wait for the network at a time.
+        cache_dir: local folder that keeps what was read from the network; the ranks of a node share it.
+        cache_gb: size of that folder at most, in GB; what was used longest ago goes first.
+        stall_seconds: without data for so long, a dump of what is in flight is written to the run folder.
         max_skip_share: share of undecodable samples above which the run stops.
+        validation: held-out data sets, given like sources.
+        validation_every: steps between held-out losses, besides the one at the end; 0 measures at the end only.
+        validation_steps: batches of the held-out data that are looked at; null takes all.
     """
 
     sources: str | list[str | Source] = field(default_factory=list)
@@ -58,10 +67,18 @@ class DataConfig:
     epochs: int = 1
     max_length: int = 4096
     token_budget: int = 8192
-    tile_budget: int = 48
+    tile_budget: int = 24
     shuffle_shards: int | None = None
+    allow_changed_plan: bool = False
     num_workers: int = 4
+    reads_in_flight: int = 64
+    cache_dir: str | None = None
+    cache_gb: float = 100.0
+    stall_seconds: float = 120.0
     max_skip_share: float = 0.001
+    validation: str | list[str | Source] = field(default_factory=list)
+    validation_every: int = 0
+    validation_steps: int | None = None
 
 
 @dataclass
@@ -75,6 +92,7 @@ class OptimConfig:
         max_grad_norm: clipping; null switches it off (the original DeepSpeed runs had none).
         loss_weighting: `token`: every supervised token of a step counts the same; `sample`: every sample;
             `micro_batch_mean`: token mean in groups of 8 samples in plan order, mean over groups, as the original.
+        max_skipped_steps: an update whose loss or gradient is not finite is skipped; so many in a row end the run.
     """
 
     rates: Rates = field(default_factory=Rates)
@@ -84,6 +102,7 @@ class OptimConfig:
     warmup_ratio: float = 0.03
     max_grad_norm: float | None = 1.0
     loss_weighting: Literal["token", "sample", "micro_batch_mean"] = "token"
+    max_skipped_steps: int = 10
 
 
 @dataclass
@@ -92,14 +111,36 @@ class CheckpointConfig:
 
     Args:
         every: steps between checkpoints; 0 writes none but the last.
-        keep_last: how many are kept.
-        resume: `auto` continues from the newest one of the run folder, `never` starts anew (and refuses a run folder
-            that has checkpoints), a path continues from that one.
+        keep_last: how many of the newest are kept.
+        keep_every: those of every so many steps are kept for good; 0: none.
+        asynchronous: write in the background while training goes on. Takes host memory for a copy of what is saved;
+            with false training waits for the disk.
+        dir: where they go; default: `checkpoints` in the run folder. Machines of a run must share it. With a URL (s3,
+            gs, az) they go there as well, each when it is complete in the run folder; runs must not share a URL.
+        export_every: steps between exports of the model to `model-step-N/`; 0 exports at the end only.
+        resume: `auto` continues from the newest whole one, `never` starts anew (and refuses a run folder that has
+            checkpoints), a path continues from that one.
     """
 
     every: int = 500
     keep_last: int = 2
+    keep_every: int = 0
+    asynchronous: bool = True
+    dir: str | None = None
+    export_every: int = 0
     resume: str = "auto"
+
+
+@dataclass
+class ProfileConfig:
+    """What to look into. The result goes to `profile/` in the run folder, see `profile.StepProfiler`.
+
+    Args:
+        steps: steps that are traced, counted from 1 as in the log: [10, 12] traces these two. Take some after the
+            first, which is not like the others.
+    """
+
+    steps: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -109,12 +150,17 @@ class RunConfig:
     Args:
         model: folder of the model to start from (see scripts/compose.py), or of stage 1's result.
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
-        data, optim, checkpoint: see there.
+        data, optim, checkpoint, profile: see there.
         attn_implementation: segment attention's kernel: torch's varlen (CUDA), flash-attn, one SDPA call a segment, or
             the best that runs here.
+        activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps its
+            input for backward (`full`), or the outputs of its matrix products and attention as well (`selective`: more
+            memory, next to nothing computed twice). With `false` there every layer keeps everything.
         seed: of the data order.
         max_steps: stop after this many steps although the schedule goes on; null runs to the end.
         log_every: steps between console lines.
+        log_with: trackers besides metrics.jsonl: wandb (offline with WANDB_MODE=offline), tensorboard.
+        hang_seconds: a rank that finishes no step for so long writes the stacks of all its threads to the run folder.
     """
 
     model: str = ""
@@ -122,17 +168,35 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     attn_implementation: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
+    activation_checkpointing: Literal["full", "selective"] = "full"
     seed: int = 42
     max_steps: int | None = None
     log_every: int = 10
+    log_with: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    hang_seconds: float = 600.0
 
 
-def run_parser(default_recipe: Path | None = None) -> ArgumentParser:
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for besides the run itself.
+
+    Args:
+        dry_run: print the plan and stop.
+        as_if: the machine that the plan is made for; None: the one at hand.
+    """
+
+    dry_run: bool = False
+    as_if: Hardware | None = None
+
+
+def run_parser(default_recipe: Path | None = None, with_recipe: bool = True) -> ArgumentParser:
     """Command line of the training scripts: `--config FILE` and every key of `RunConfig` as `--a.b value`.
 
     Args:
-        default_recipe: read first when the command line names no `--config`.
+        default_recipe: `recipes/MODEL/STAGE.yaml`, read when the command line names no `--config`. What all models
+            share in that stage, `recipes/STAGE.yaml`, is read before any recipe, also before a user's own.
     """
     parser = ArgumentParser(
         description="Trains a LLaVA-NeXT model.",
@@ -140,30 +204,39 @@ def run_parser(default_recipe: Path | None = None) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML recipe; later options override it")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop; needs no GPU and no weights")
+    parser.add_argument("--as_if", help="with --dry_run: plan for this machine, as 8xh100-80g", metavar="MACHINE")
     parser.add_class_arguments(RunConfig, fail_untyped=True)
     if default_recipe is not None:
-        parser.default_config_files = [str(default_recipe)]
+        shared = default_recipe.parents[1] / default_recipe.name
+        parser.default_config_files = [str(shared), *([str(default_recipe)] if with_recipe else [])]
     return parser
 
 
-def parse_run(args: list[str] | None = None, default_recipe: Path | None = None) -> tuple[RunConfig, bool]:
-    """The run's configuration and whether `--dry_run` was given. Exits with a message on an unknown key or wrong type.
+def parse_run(args: list[str] | None = None, default_recipe: Path | None = None) -> tuple[RunConfig, Options]:
+    """The run's configuration, and what else was asked for. Exits with a message on an unknown key or wrong type.
 
     Raises:
         ValueError: a value that cannot work, naming the key.
     """
     args = sys.argv[1:] if args is None else args
     names_a_recipe = any(a == "--config" or a.startswith("--config=") for a in args)
-    parser = run_parser(None if names_a_recipe else default_recipe)
+    parser = run_parser(default_recipe, with_recipe=not names_a_recipe)
     values = parser.instantiate(parser.parse_args(args)).as_dict()
     values.pop("config", None)
-    dry_run = values.pop("dry_run")
+    dry_run, as_if = values.pop("dry_run"), values.pop("as_if")
+    if as_if and not dry_run:
+        raise ValueError(f"--as_if {as_if}: plans for another machine; add --dry_run")
+    options = Options(dry_run, parse_hardware(as_if) if as_if else None)
     config = RunConfig(**values)
-    sources = config.data.sources
-    sources = [sources] if isinstance(sources, str) else sources
-    config.data.sources = [Source(s) if isinstance(s, str) else s for s in sources]
+    config.data.sources = _sources(config.data.sources)
+    config.data.validation = _sources(config.data.validation)
     check_run(config)
-    return config, dry_run
+    return config, options
+
+
+def _sources(given: str | list[str | Source]) -> list[Source]:
+    given = [given] if isinstance(given, str) else given
+    return [Source(s) if isinstance(s, str) else s for s in given]
 
 
 def save_run(config: RunConfig, path: Path) -> None:
@@ -189,6 +262,15 @@ def check_run(config: RunConfig) -> None:
         "data.token_budget",
         f"{data.token_budget} is smaller than data.max_length {data.max_length}: a sample would not fit a micro-batch",
     )
+    for key in ("num_workers", "validation_every"):
+        require(getattr(data, key) >= 0, f"data.{key}", f"must be 0 or more, not {getattr(data, key)}")
+    for key in ("reads_in_flight", "cache_gb", "stall_seconds"):
+        require(getattr(data, key) > 0, f"data.{key}", f"must be positive, not {getattr(data, key)}")
+    for key, least in (("every", 0), ("keep_last", 1), ("keep_every", 0)):
+        value = getattr(config.checkpoint, key)
+        require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")
+    steps = config.profile.steps
+    require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")
     require(all(s.repeat > 0 for s in data.sources), "data.sources", "repeat must be positive")
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", f"must be in [0, 1), not {optim.warmup_ratio}")

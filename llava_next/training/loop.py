@@ -7,10 +7,9 @@ comes back from the device one step later, so that the host never waits for the 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Generator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,93 +17,62 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from llava_next.data.batch import PackedBatch
-from llava_next.training.checkpoint import save_checkpoint
+from llava_next.data.feed import Feed
+from llava_next.data.mixture import Mixture
+from llava_next.model.export import save_model
+from llava_next.training.agreement import StepCounts, agree_on_step, slot_weights
+from llava_next.training.checkpoint import Checkpoints
 from llava_next.training.config import RunConfig
-from llava_next.training.metrics import JsonLines, Progress, console_line, duration
+from llava_next.training.health import GarbageCollection, Heartbeat, NonFinite
+from llava_next.training.journal import Journal
+from llava_next.training.metrics import duration
 from llava_next.training.optim import rate_multiplier, set_rates
-from llava_next.training.parallel import agree
+from llava_next.training.profile import StepProfiler
+from llava_next.training.timing import StepTimer
+from llava_next.training.validate import Validation
 
-GROUP = 8  # samples of a group in `micro_batch_mean`: one micro-batch of the original runs
+COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "skipped_steps", "retries")
 
 
-def slot_weights(supervised: torch.Tensor, weighting: str) -> torch.Tensor:
-    """Weight of each supervised token, by the slot of its sample in the step; a step's weights sum to 1.
-
-    Args:
-        supervised: float64 `[B]`, supervised tokens of the sample in each slot (0: none, or a hole).
-        weighting: `token`, `sample` or `micro_batch_mean` (see `OptimConfig`).
-
-    Returns:
-        float32 `[B]`; zeros when nothing is supervised.
-    """
-    if weighting == "token":
-        weights = torch.full_like(supervised, 1.0) / supervised.sum()
-    elif weighting == "sample":
-        weights = 1.0 / supervised / (supervised > 0).sum()
-    elif weighting == "micro_batch_mean":
-        group = torch.arange(len(supervised)) // GROUP
-        totals = torch.zeros(int(group[-1]) + 1, dtype=supervised.dtype).index_add(0, group, supervised)
-        weights = (1.0 / totals / (totals > 0).sum())[group]
-    else:
-        raise ValueError(f"loss_weighting {weighting!r} is not token, sample or micro_batch_mean")
-    return torch.where(supervised > 0, weights, 0.0).float()
+class RunStopped(RuntimeError):
+    """The run cannot go on; the message says why, and what to do."""
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the running step; a second one stops at once."""
+    """SIGTERM and SIGINT ask for a stop after the running step; a second one stops at once.
+
+    A launcher that is itself signalled passes it on, gives its ranks 30 seconds (newer torch: as many as
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT says) and then fails, although they all ended well.
+    """
+
+    ECHO = 2.0  # seconds: Ctrl-C reaches a rank twice, from the terminal and passed on by the launcher
 
     def __init__(self):
-        self.asked = False
+        self.asked_at: float | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.asked_at is not None
+
     def _on_signal(self, number, frame) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-
-@dataclass
-class StepCounts:
-    """What all ranks know of a step before its forward: summed over ranks."""
-
-    supervised: torch.Tensor  # float64 [B]
-    samples: int
-    tokens: int
-    tiles: int
-    truncated: int
-    holes: int
-    stop: bool
-    failed: bool
-
-
-def agree_on_step(micros: list[PackedBatch], batch_size: int, stop: bool, failed: bool = False) -> StepCounts:
-    """Sums what the ranks hold of a step: one message of B + 7 numbers.
-
-    Args:
-        micros: this rank's micro-batches.
-        stop: this rank was asked to stop.
-        failed: this rank could not get its data; then all ranks learn it here instead of waiting for it for ever.
-    """
-    message = torch.zeros(batch_size + 7, dtype=torch.float64)
-    for batch in micros:
-        if batch.slots:
-            message[torch.tensor(batch.slots)] = torch.tensor(batch.supervised, dtype=torch.float64)
-        totals = (len(batch.slots), batch.num_tokens, batch.num_tiles, batch.num_truncated, len(batch.holes), 0, 0)
-        message[batch_size:] += torch.tensor(totals, dtype=torch.float64)
-    message[-2:] = torch.tensor([stop, failed], dtype=torch.float64)
-    agree(message)
-    samples, tokens, tiles, truncated, holes, stops, failures = (int(x) for x in message[batch_size:])
-    return StepCounts(message[:batch_size], samples, tokens, tiles, truncated, holes, stops > 0, failures > 0)
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
+        elif time.monotonic() - self.asked_at > self.ECHO:
+            os._exit(128 + number)
 
 
 class Trainer:
-    """Runs steps until the plan ends, a signal comes, or too many samples turn out bad.
+    """Runs steps until the plan ends, a signal comes, too many samples turn out bad, or losses are no numbers.
 
     Args:
-        steps: yields (step, micro-batches of this rank), from `start_step` on.
-        total_steps: of the whole run; the schedule depends on it.
-        source_names: of the mixture, for the loss per source.
-        state: JSON-serialisable plan state; goes into every checkpoint beside the step and counters.
+        feed: the micro-batches of this rank, from `start_step` on.
+        mixture: the plan; the schedule depends on its number of steps.
+        journal: gets a record of every step.
+        checkpoints: writes them.
+        validation: held-out data, or None.
         counters: from the checkpoint that the run continues, else empty.
     """
 
@@ -114,159 +82,204 @@ class Trainer:
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        steps: Generator[tuple[int, list[PackedBatch]], None, None],
-        start_step: int,
-        total_steps: int,
-        source_names: list[str],
-        state: dict,
+        feed: Feed,
+        mixture: Mixture,
+        journal: Journal,
+        checkpoints: Checkpoints,
+        start_step: int = 0,
         counters: dict | None = None,
+        validation: Validation | None = None,
     ):
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
-        self.steps, self.total_steps, self.source_names, self.state = steps, total_steps, source_names, state
-        self.last_step = min(total_steps, config.max_steps or total_steps)
-        self.counters = {"samples": 0, "tokens": 0, "supervised": 0, "holes": 0, "truncated": 0, **(counters or {})}
-        self.run_dir = Path(config.run_dir)
-        self.main = accelerator.is_main_process
-        self.metrics = JsonLines(self.run_dir / "metrics.jsonl") if self.main else None
-        rank = accelerator.process_index  # a file each: appends from several nodes to one would mix
-        self.skipped = JsonLines(self.run_dir / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl"))
-        self.progress = Progress(self.last_step, start_step)
-        self.step = start_step
-        self.stop = StopSignal()
+        self.feed, self.mixture, self.journal, self.validation = feed, mixture, journal, validation
+        self.checkpoints = checkpoints
+        self.pending: tuple[dict, torch.Tensor, list] | None = None  # of the last step, until it is settled
+        self.last_step = min(mixture.total_steps, config.max_steps or mixture.total_steps)
+        self.counters = {**dict.fromkeys(COUNTERS, 0), "by_source": {}, **(counters or {})}
+        self.run_dir, self.step = Path(config.run_dir), start_step
+        self.stop, self.timer = StopSignal(), StepTimer(accelerator.device)
+        self.non_finite = NonFinite(config.optim.max_skipped_steps)
+        self.profiler = StepProfiler(
+            config.profile.steps, self.run_dir, accelerator.device, accelerator.is_main_process
+        )
 
     def train(self) -> bool:
         """Runs to the end. Returns False when a signal stopped the run before."""
         self.model.train()
-        started, pending = time.monotonic(), None
+        started = time.monotonic()
+        collection = GarbageCollection()
+        heart = Heartbeat(self.run_dir, self.accelerator.process_index, self.config.hang_seconds)
         try:
             while self.step < self.last_step:
-                record, sums, counts = self._step()
-                self._report(pending)
-                pending = (record, sums)
+                heart.beat(self.step)
+                with self.profiler.step(self.step + 1):
+                    unsettled, counts = self._step()
+                self._settle()
+                self.pending = unsettled
                 self._after_step(counts)
                 if counts.stop and self.step < self.last_step:
-                    self._report(pending)
                     self._save()
+                    self.checkpoints.close()
                     return False
-            self._report(pending)
-            self._say(f"{self.step} steps in {duration(time.monotonic() - started)}")
+                collection.after_step(self.step)
+            self._settle()
+            self.checkpoints.close()
+            self.journal.say(f"{self.step} steps in {duration(time.monotonic() - started)}")
             return True
         finally:
-            self.steps.close()  # ends the loader's worker processes
-            self.skipped.close()
-            if self.metrics:
-                self.metrics.close()
+            self.checkpoints.settle()  # what is being written when an error ends the run is not lost
+            heart.close()
+            collection.close()
+            self.feed.close()  # ends the loader's worker processes
+            self.journal.close()
 
-    def _step(self) -> tuple[dict, torch.Tensor, StepCounts]:
-        """One optimizer step. Returns its record, device-side sums that belong to it, and the agreed counts."""
+    def _step(self) -> tuple[tuple[dict, torch.Tensor, list], StepCounts]:
+        """One optimizer step. Returns what `_settle` takes when the device has finished it, and the agreed counts."""
         begin = time.monotonic()
+        ready = self.feed.ready
         micros, counts = self._next_micros()
-        waited = time.monotonic() - begin
         weights = slot_weights(counts.supervised, self.config.optim.loss_weighting)
-        rates = set_rates(self.optimizer, rate_multiplier(self.step, self.total_steps, self.config.optim.warmup_ratio))
-        sums = torch.zeros(1 + 2 * len(self.source_names), device=self.accelerator.device)
+        multiplier = rate_multiplier(self.step, self.mixture.total_steps, self.config.optim.warmup_ratio)
+        rates = set_rates(self.optimizer, multiplier)
+        num_sources = len(self.mixture.names)
+        sums = torch.zeros(1 + 2 * num_sources, device=self.accelerator.device)
         for batch in micros:
+            self.timer.mark("forward")
             inputs = batch.weighted(weights).model_inputs(self.accelerator.device)
-            output = self.model(**inputs, num_sources=len(self.source_names))
+            output = self.model(**inputs, num_sources=num_sources)
+            self.timer.mark("backward")
             # FSDP averages gradients over ranks; the weights are already those of the whole step.
             (output.loss * self.accelerator.num_processes).backward()
             sums += torch.cat([output.loss.detach()[None], output.source_loss, output.source_tokens])
-        grad_norm = self._clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.timer.mark("optimizer")
+        grad_norm, skipped = self._update()
+        self.timer.mark("end")
         dist.all_reduce(sums)
         self.step += 1
-        self.progress.advance()
-        self._log_holes(micros)
+        self.journal.progress.advance()
+        self.journal.holes(self.step, micros)
         record = {
             "step": self.step,
-            "samples": counts.samples,
-            "tokens": counts.tokens,
+            "epoch": self.mixture.epoch(self.step - 1),
+            **counts.counts,
             "supervised": int(counts.supervised.sum()),
-            "tiles": counts.tiles,
-            "holes": counts.holes,
-            "truncated": counts.truncated,
+            **counts.io,
             "micro_batches": len(micros),
+            "ready": ready,
             "rates": rates,
-            "data_wait_s": waited,
+            "data_wait_s": counts.data_wait_s,
+            "checkpoint_s": self.checkpoints.take_stalled(),  # before this step
             "step_s": time.monotonic() - begin,
+            "source_share": self.journal.shares(self.step - 1, self.counters["by_source"]),
         }
-        return record, torch.cat([grad_norm.reshape(1).to(sums), sums]), counts
+        return (record, torch.cat([torch.stack([grad_norm, skipped]).to(sums), sums]), self.timer.take()), counts
 
     def _next_micros(self) -> tuple[list[PackedBatch], StepCounts]:
         """This rank's micro-batches of the step, and what all ranks have of it.
 
         Raises:
-            Exception: what the loader raised, here or (as RuntimeError) on another rank.
+            Exception: what the loader raised, here or (as RunStopped) on another rank.
+            CheckpointError: the last checkpoint could not be written.
         """
-        micros, error = [], None
+        micros, error, begin = [], None, time.monotonic()
         try:
-            step, micros = next(self.steps)
+            step, micros = next(self.feed)
             if step != self.step:
                 raise RuntimeError(f"the loader gave step {step} where {self.step} was due")
         except Exception as caught:
             error = caught
-        counts = agree_on_step(micros, self.config.data.batch_size, self.stop.asked, failed=error is not None)
+        waited = time.monotonic() - begin
+        counts = agree_on_step(
+            micros, self.config.data.batch_size, self.stop.asked, error is not None, waited, self.checkpoints.failed
+        )
         if error is not None:
             raise error
         if counts.failed:
-            raise RuntimeError("another rank could not load its data; its own message says what and where")
+            raise RunStopped("another rank could not load its data; its own message says what and where")
+        if counts.unsaved:
+            self.checkpoints.wait()  # raises, with what happened
         return micros, counts
 
-    def _clip(self) -> torch.Tensor:
+    def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips and updates. Returns the gradient norm before clipping, and 1 if the update was skipped, else 0."""
         limit = self.config.optim.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        skipped = self.non_finite.guard(getattr(self.optimizer, "optimizer", self.optimizer), norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, skipped
+
+    def _settle(self) -> None:
+        """Completes the last step's record with what comes from the device, which has moved on by a step since.
+
+        Raises:
+            RunStopped: too many updates in a row were skipped; a checkpoint of the state before them is saved.
+        """
+        if self.pending is None:
+            return
+        (record, sums, marks), self.pending = self.pending, None
+        grad_norm, skipped, loss, *by_source = sums.tolist()
+        names = self.mixture.names
+        losses, tokens = by_source[: len(names)], by_source[len(names) :]
+        record |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "source_loss": {n: v / t for n, v, t in zip(names, losses, tokens, strict=True) if t},
+            **self.timer.seconds(marks),
+        }
+        if skipped:
+            self.counters["skipped_steps"] += 1
+            record["skipped_update"] = self.mixture.step_ids(record["step"] - 1).tolist()
+            self.journal.say(
+                f"step {record['step']}: loss {loss}, gradient norm {grad_norm}: not finite, the update is skipped; "
+                "the step's sample ids are in metrics.jsonl"
+            )
+        self.journal.write(record)
+        if self.non_finite.count(bool(skipped)):
+            self._save()  # skipped updates changed nothing: this is the last good state
+            self.checkpoints.wait()
+            raise RunStopped(
+                f"{self.non_finite.limit} updates in a row were skipped because loss or gradient were not finite (see "
+                f"skipped_update in {self.run_dir}/metrics.jsonl for the samples). The state before them is saved; "
+                "lower the rates, or look at the data"
+            )
 
     def _after_step(self, counts: StepCounts) -> None:
         for name in ("samples", "tokens", "holes", "truncated"):
-            self.counters[name] += getattr(counts, name)
+            self.counters[name] += counts.counts[name]
         self.counters["supervised"] += int(counts.supervised.sum())
+        self.counters["retries"] += counts.io["retries"]
         seen = self.counters["samples"] + self.counters["holes"]
         # The share is judged against at least 1,000 samples: the first bad one must not end a run.
         if self.counters["holes"] > self.config.data.max_skip_share * max(seen, 1000):
             self._save()
-            raise RuntimeError(
+            self.checkpoints.wait()
+            raise RunStopped(
                 f"{self.counters['holes']} of {seen} samples could not be used, more than data.max_skip_share "
                 f"{self.config.data.max_skip_share}; see {self.run_dir}/skipped*.jsonl for each one's reason"
             )
-        every = self.config.checkpoint.every
-        if (every and self.step % every == 0) or self.step == self.last_step:
-            self._save()
+        last = self.step == self.last_step
+        if self.validation and (self._is_due(self.config.data.validation_every) or last):
+            losses = self.validation.loss(self.model, self.accelerator)
+            self.journal.validated(self.step, losses)
+        if self._is_due(self.config.checkpoint.every) or last:
+            self._save()  # after all that the logs say of this step: it will not be done again
+        if self._is_due(self.config.checkpoint.export_every) and not last:
+            self._export()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.run_dir / "checkpoints",
-            self.step,
-            self.model,
-            getattr(self.optimizer, "optimizer", self.optimizer),
-            {**self.state, "step": self.step, "counters": self.counters},
-            self.config.checkpoint.keep_last,
-        )
+        self._settle()  # a step's line is in the log before a checkpoint says that it need not be done again
+        if self.checkpoints.saved_step != self.step:
+            epoch = self.mixture.epoch(self.step - 1)
+            state = {**self.mixture.state(), "epoch": epoch, "step": self.step, "counters": self.counters}
+            self.checkpoints.save(self.step, state)
 
-    def _report(self, pending: tuple[dict, torch.Tensor] | None) -> None:
-        """Writes a finished step's record; reads its sums from the device, which has moved on by a step."""
-        if pending is None or not self.main:
-            return
-        record, sums = pending
-        grad_norm, loss, *by_source = sums.tolist()
-        losses, tokens = by_source[: len(self.source_names)], by_source[len(self.source_names) :]
-        record |= {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "source_loss": {n: v / t for n, v, t in zip(self.source_names, losses, tokens, strict=True) if t},
-            "samples_per_s": record["samples"] / record["step_s"],
-            "tokens_per_s": record["tokens"] / record["step_s"],
-        }
-        self.metrics.write(record)
-        if record["step"] % self.config.log_every == 0 or record["step"] == self.last_step:
-            self._say(console_line(record, self.progress))
-
-    def _log_holes(self, micros: list[PackedBatch]) -> None:
-        for batch in micros:
-            for hole in batch.holes:
-                self.skipped.write({"step": self.step, **asdict(hole)})
-
-    def _say(self, text: str) -> None:
-        if self.main:
-            print(text, flush=True)
+    def _export(self) -> None:
+        """Writes the model as it is now to `model-step-N/`, in the layout of the final `model/`."""
+        folder = self.run_dir / f"model-step-{self.step}"
+        save_model(self.model, folder, self.config.model, is_main_process=self.accelerator.is_main_process)
+        self.journal.say(f"model after step {self.step} written to {folder}")

@@ -56,6 +56,11 @@ class Progress:
         return (self._marks[-1] - self._marks[0]) / steps if steps else 0.0
 
     @property
+    def eta_seconds(self) -> float:
+        """Seconds that the remaining steps take at the present speed."""
+        return self.step_seconds * (self.total - self.done)
+
+    @property
     def eta(self) -> str:
         """Time that the remaining steps take at the present speed."""
         return duration(self.step_seconds * (self.total - self.done))

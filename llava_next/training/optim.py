@@ -81,8 +81,8 @@ def build_optimizer(
                 groups.append(
                     {"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay, "name": module + suffix}
                 )
-    fused = torch.cuda.is_available()
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
+    # The fused kernel is the one that can skip an update by a flag on the device, see `health.NonFinite`.
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:

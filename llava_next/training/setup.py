@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llava_next.anyres import AnyRes
+from llava_next.data.cache import Cache
 from llava_next.data.encode import Encoder, check_vocabulary
-from llava_next.data.loader import Mixture
+from llava_next.data.feed import Feed
+from llava_next.data.loader import LoaderOptions, build_loader
+from llava_next.data.mixture import Mixture
+from llava_next.data.storage import Storage
 from llava_next.model.attention import attention_names, check_window, choose_attention
 from llava_next.model.check import check_folder
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
+from llava_next.tokenise import fingerprint
 from llava_next.training.config import RunConfig
-from llava_next.training.optim import build_optimizer, freeze, trainable_table, warmup_steps
+from llava_next.training.flops import cost_model, flops_model
+from llava_next.training.hardware import peak_flops
+from llava_next.training.journal import Journal
+from llava_next.training.launch import checkpointing_policy
+from llava_next.training.metrics import Progress
+from llava_next.training.optim import build_optimizer, freeze
 from llava_next.training.parallel import shard
 
 # of check_folder: those that compare with the training's templates
@@ -73,17 +81,12 @@ def load_parts(config: RunConfig) -> Parts:
     return Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.name))
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase, template_name: str) -> str:
-    """Names a tokenizer with a template: text lengths counted under the same name are exact for the run."""
-    text = f"{template_name}\n{tokenizer.backend_tokenizer.to_str()}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
     """The plan over the run's data sets; reads their indexes only."""
     data = config.data
+    cache = Cache(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_dir else None
     return Mixture(
-        [(source.path, source.name, source.repeat) for source in data.sources],
+        [(Storage(source.path, cache=cache), source.name, source.repeat) for source in data.sources],
         parts.anyres,
         batch_size=data.batch_size,
         epochs=data.epochs,
@@ -91,58 +94,22 @@ def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
         max_length=data.max_length,
         fingerprint=parts.fingerprint,
         shuffle_shards=data.shuffle_shards,
+        cost=cost_model(parts.model_config, config.optim.rates, checkpointing_policy(config.activation_checkpointing)),
     )
+
+
+def open_feed(config: RunConfig, parts: Parts, mixture: Mixture, rank: int, world: int, start_step: int) -> Feed:
+    """Starts loading this rank's micro-batches, from a step on."""
+    data, run_dir = config.data, Path(config.run_dir)
+    options = LoaderOptions(data.num_workers, data.reads_in_flight, data.stall_seconds, run_dir)
+    loader = build_loader(mixture, parts.encoder, rank, world, data.token_budget, data.tile_budget, start_step, options)
+    return Feed(loader, data.stall_seconds, options.dump_file(f"rank{rank}"))
 
 
 def empty_model(parts: Parts) -> LlavaNextForConditionalGeneration:
     """The model without memory: names, shapes and sizes only."""
     with torch.device("meta"):
         return LlavaNextForConditionalGeneration(parts.model_config)
-
-
-def plan_banner(config: RunConfig, parts: Parts, mixture: Mixture, world: int) -> str:
-    """What the run will do, to be read before it starts."""
-    model = empty_model(parts)
-    freeze(model, config.optim.rates)
-    lines = [f"model      {config.model}: {parts.model_config.text_config.model_type} + "
-             f"{parts.model_config.vision_config.model_type}, template {config.data.template}"]  # fmt: skip
-    for module, trainable, total, rate in trainable_table(model, config.optim.rates):
-        state = (
-            f"{trainable:>14,} of {total:>14,} parameters at {rate:g}"
-            if trainable
-            else f"{'frozen':>14} {total:>17,} parameters"
-        )
-        lines.append(f"  {module:<9}{state}")
-    for source, storage in zip(mixture.plan_sources, mixture.storages, strict=True):
-        lines.append(
-            f"data       {source.name}: {source.num_samples:,} samples x {source.repeat:g} from {storage.label}"
-        )
-    exact = "exact" if mixture.exact_lengths else "estimated from bytes"
-    lines.append(f"  lengths  {exact}; {mixture.num_too_long:,} samples longer than {config.data.max_length:,} tokens")
-    total, warmup = mixture.total_steps, warmup_steps(mixture.total_steps, config.optim.warmup_ratio)
-    lines.append(
-        f"steps      {total:,} of {config.data.batch_size} samples, {warmup:,} warm-up, cosine to 0; "
-        f"seed {config.seed}, weighting {config.optim.loss_weighting}, clip {config.optim.max_grad_norm}"
-    )
-    lines.append(dealing_line(config, mixture, world))
-    lines.append(f"run        {config.run_dir}")
-    return "\n".join(lines)
-
-
-def dealing_line(config: RunConfig, mixture: Mixture, world: int) -> str:
-    """How well the first steps divide among the ranks: mean cost over slowest, tokens of the budget in use."""
-    micros, tokens, sizes = [], [], []
-    for step in range(min(20, mixture.total_steps)):
-        ids = mixture.step_ids(step)
-        bins = mixture.deal(step, world, config.data.token_budget, config.data.tile_budget)
-        micros.append(len(bins))
-        sizes += [len(b) for by_rank in bins for b in by_rank]
-        tokens += [mixture.lengths[ids[b]].sum() for by_rank in bins for b in by_rank]
-    balance = np.mean(tokens) / np.mean(np.array(tokens).reshape(-1, world).max(axis=1))
-    return (
-        f"dealing    {np.mean(micros):.1f} micro-batches a step on {world} rank(s), {np.mean(tokens):,.0f} tokens each "
-        f"(budget {config.data.token_budget:,}), {np.mean(sizes):.1f} samples, tokens balanced to {100 * balance:.1f} %"
-    )
 
 
 def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -164,7 +131,20 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
         accelerator,
         model,
         lambda m: build_optimizer(m, optim.rates, tuple(optim.betas), optim.eps, optim.weight_decay),
+        config.activation_checkpointing,
     )
+
+
+def open_journal(
+    config: RunConfig, accelerator: Accelerator, parts: Parts, mixture: Mixture, start_step: int
+) -> Journal:
+    """What the run reports to; MFU is known for devices whose peak is."""
+    last_step = min(mixture.total_steps, config.max_steps or mixture.total_steps)
+    policy = checkpointing_policy(config.activation_checkpointing)
+    flops = flops_model(parts.model_config, config.optim.rates, policy)
+    on_cuda = accelerator.device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(accelerator.device)) if on_cuda else None
+    return Journal(config, accelerator, mixture, Progress(last_step, start_step), flops, peak)
 
 
 def report_export(folder: Path, keep_template: bool = False) -> None:
