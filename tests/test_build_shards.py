@@ -2,18 +2,15 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
+import build_shards as tool
 import numpy as np
 import pytest
 import webdataset
@@ -24,10 +21,7 @@ from llava_next.data.index import read_dataset
 from llava_next.data.shards import decode_strip, read_sample
 from llava_next.data.storage import Storage
 
-TOOL = Path(__file__).parents[1] / "data_tools" / "build_shards.py"
-SPEC = importlib.util.spec_from_file_location("build_shards", TOOL)
-tool = sys.modules["build_shards"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+TOOL = Path(tool.__file__)
 
 GEOMETRY = ["--tile_size", "32", "--patch_size", "8", "--pinpoints", "32x64,64x32,64x64"]
 SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
@@ -46,10 +40,15 @@ def arguments_for(inputs: Path, out: Path, *more, geometry=GEOMETRY) -> list[str
 
 def run(inputs: Path, out: Path, *more, geometry=GEOMETRY) -> Result:
     """Runs the tool's main function here, to save the imports of a process of its own."""
+    return tool_result(*arguments_for(inputs, out, *more, geometry=geometry))
+
+
+def tool_result(*arguments) -> Result:
+    """The tool with these arguments alone."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            tool.main(arguments_for(inputs, out, *more, geometry=geometry))
+            tool.main([str(word) for word in arguments])
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
             if isinstance(end.code, str):  # which the interpreter would print
@@ -264,20 +263,75 @@ def test_images_are_opened_by_content_not_by_name(tmp_path):
         assert np.array_equal(decode_strip(stored[f"s{number}"].images[0].data, 32), expected)
 
 
-def test_a_killed_build_never_looks_whole_and_can_be_run_again(tmp_path):
-    make_inputs(tmp_path, 100)
-    command = [sys.executable, str(TOOL), *arguments_for(tmp_path, tmp_path / "out", "--shard_samples", 20)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "out" / "shard-000000.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    with pytest.raises(ValueError, match=r"no dataset\.json"):
-        read_dataset(tmp_path / "out")
-    assert run(tmp_path, tmp_path / "out", "--shard_samples", 20).returncode == 0
-    assert run(tmp_path, tmp_path / "clean", "--shard_samples", 20).returncode == 0
-    assert checksums(tmp_path / "out") == checksums(tmp_path / "clean")
+def test_every_shard_opens_with_plain_webdataset(built):
+    url = f"file:{built}/shard-{{000000..000002}}.tar"
+    stored, seen = samples(built), 0
+    for sample in webdataset.WebDataset(url, shardshuffle=False).decode("rgb8"):
+        strips = stored[sample["json"]["id"]].images
+        assert sample["json"]["conversations"] == stored[sample["json"]["id"]].conversations
+        for number, strip in enumerate(strips):
+            assert sample[f"{number}.{strip.ext}"].shape == ((1 + strip.rows * strip.cols) * 32, 32, 3)
+        seen += 1
+    assert seen == 40
+
+
+def unusual_pictures() -> dict[str, tuple[Image.Image, dict]]:
+    """Pictures as published data sets hold them, and how to save them."""
+    colors = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8))
+    grey16 = Image.fromarray(np.random.default_rng(2).integers(0, 65536, (40, 50), np.uint16))
+    clear = colors.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    other, rotated = Image.new("P", (50, 40)), Image.Exif()
+    rotated[0x0112] = 6  # orientation: turn by 90 degrees
+    return {
+        "cmyk": (colors.convert("CMYK"), {"format": "JPEG"}),
+        "palette": (colors.quantize(16), {"format": "PNG"}),
+        "grey": (colors.convert("L"), {"format": "JPEG"}),
+        "grey16": (grey16, {"format": "PNG"}),
+        "alpha": (clear, {"format": "PNG"}),
+        "grey_alpha": (clear.convert("LA"), {"format": "PNG"}),
+        "one_bit": (colors.convert("1"), {"format": "TIFF"}),
+        "animated": (colors.quantize(8), {"format": "GIF", "save_all": True, "append_images": [other]}),
+        "rotated": (colors, {"format": "JPEG", "exif": rotated}),
+    }  # fmt: skip
+
+
+def test_pixels_are_those_of_a_plain_convert_to_rgb(tmp_path):
+    """As the original: EXIF orientation ignored, transparency dropped, first frame. 16-bit grey: the upper bits."""
+    pictures, records = unusual_pictures(), []
+    (tmp_path / "images").mkdir()
+    for name, (picture, options) in pictures.items():
+        picture.save(tmp_path / "images" / f"{name}.jpg", **options)  # by content, whatever the name
+        records.append(record(len(records), f"{name}.jpg", id=name))
+    write_json(tmp_path, records)
+    assert run(tmp_path, tmp_path / "out", "--codec", "webp").returncode == 0
+    stored = samples(tmp_path / "out")
+    for name in pictures:
+        image = Image.open(tmp_path / "images" / f"{name}.jpg")
+        if name == "grey16":
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        assert image.size == (50, 40)
+        expected = SMALL.tiles(image.convert("RGB"))
+        assert np.array_equal(decode_strip(stored[name].images[0].data, 32), expected), name
+
+
+def test_links_inside_the_image_root_are_followed(tmp_path):
+    """Roots are put together of links; what a data set may not do is to name what lies outside."""
+    make_inputs(tmp_path, 4)
+    (tmp_path / "images" / "coco").rename(tmp_path / "elsewhere")
+    (tmp_path / "images" / "coco").symlink_to(tmp_path / "elsewhere")
+    assert run(tmp_path, tmp_path / "out").returncode == 0
+    assert len(samples(tmp_path / "out")) == 4
+
+
+def test_one_source_name_for_all_and_expected_counts(inputs, tmp_path):
+    expect = tmp_path / "expect.json"
+    expect.write_text(json.dumps({"total": 41, "sources": {"coco": 20}, "complete": False}))
+    wrong = run(inputs, tmp_path / "out", "--expect", expect)
+    assert wrong.returncode == 1 and "40 samples, expected 41" in wrong.stderr and not (tmp_path / "out").exists()
+    expect.write_text(json.dumps({"total": 40, "sources": {"captions": 40}, "complete": True}))
+    assert run(inputs, tmp_path / "out", "--expect", expect, "--source", "captions").returncode == 0
+    assert read_dataset(tmp_path / "out")[0].sources == {"captions": 40}
 
 
 def test_tar_files_of_others_are_never_touched(inputs, tmp_path):

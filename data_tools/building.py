@@ -1,0 +1,349 @@
+"""A build as a plan of shards, each of which stands alone: stop it anywhere, spread it over machines, and join it.
+
+Which samples go into shard k, and in which order, follows from the input and the seed alone. Beside a finished shard
+lies its record (`building/000000.parquet`: its rows of the index, and the samples left out); a build that is run again
+keeps the shards that have one. When all have, index and `dataset.json` are written and the records removed.
+"""
+
+import io
+import itertools
+import json
+import math
+import re
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from cutting import Cutter
+from inputs import Listing, Picture, Reader
+from progress import PROCESSES, Progress, worker_pool
+
+from llava_next.anyres import AnyRes
+from llava_next.data.index import DATASET_FILE, INDEX_FILE, ROW_SCHEMA, DatasetInfo, ShardInfo
+from llava_next.data.plan import permutation
+from llava_next.data.storage import Storage
+from llava_next.data.tar import BadSample
+from llava_next.data.writer import ShardFile, shard_name, write_dataset
+
+REPORT_FILE = "rejected.jsonl"
+STATE_FOLDER = "building"
+PLAN_FILE = f"{STATE_FOLDER}/plan.json"
+READ_THREADS = 16  # records of finished shards at once; each waits for the network
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know besides the addresses of a shard's samples."""
+
+    reader: Reader
+    cutter: Cutter
+    output: Storage
+    folder: Path | None  # of the output when that is local
+    tokenizers: tuple[str, ...]
+
+
+class Record(NamedTuple):
+    """What is known of a finished shard: its description (None when no sample was left), rows, samples left out."""
+
+    info: ShardInfo | None
+    rows: pa.Table
+    rejected: list[dict]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides a data set's bytes besides the images; kept in `building/plan.json` and in `dataset.json`."""
+
+    input_sha256: str
+    samples: int
+    anyres: AnyRes
+    codec: str
+    quality: int
+    shard_samples: int
+    seed: int
+    source: str | None
+    tokenizers: tuple[str, ...]  # fingerprints
+
+    @property
+    def num_shards(self) -> int:
+        """Shards, those included of which no sample may be left."""
+        return math.ceil(self.samples / self.shard_samples)
+
+    def to_dict(self) -> dict:
+        """For JSON files."""
+        return {"tool": "build_shards", **asdict(self), "tokenizers": list(self.tokenizers)}
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Plan":
+        """The plan of `building/plan.json`. Raises ValueError."""
+        try:
+            values = json.loads(text)
+            del values["tool"]
+            values["anyres"] = AnyRes(**values["anyres"])
+            return cls(**values | {"tokenizers": tuple(values["tokenizers"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{PLAN_FILE} is not this tool's ({type(error).__name__}: {error})") from None
+
+
+class Output:
+    """The data set being built, at a folder or a URL."""
+
+    def __init__(self, url: str):
+        self.storage = Storage(url)
+        self.folder = Path(self.storage.label) if self.storage.url.startswith("file:") else None
+
+    def files(self) -> dict[str, int]:
+        """Size in bytes of every file, by name."""
+        if self.folder is not None and not self.folder.exists():
+            return {}
+        return dict(self.storage.list())
+
+    def is_complete(self, plan: Plan) -> bool:
+        """Whether the data set is there already, as planned.
+
+        Raises:
+            ValueError: another data set, another build, or somebody else's shards.
+        """
+        files, label = self.files(), self.storage.label
+        if DATASET_FILE in files:
+            info = DatasetInfo.from_json(self.storage.read_all(DATASET_FILE))
+            if not json.loads(json.dumps(plan.to_dict())).items() <= info.build.items():
+                raise ValueError(
+                    f"{label} holds a data set from other input or arguments. Give another --out or delete it."
+                )
+            for name, size in [(shard.name, shard.bytes) for shard in info.shards] + [(INDEX_FILE, info.index_bytes)]:
+                if files.get(name) != size:
+                    raise ValueError(f"{label}/{name} is missing or was changed. Delete {label} and build it again.")
+            self.remove_state(files)
+            return True
+        if PLAN_FILE in files:
+            if Plan.from_json(self.storage.read_all(PLAN_FILE)) != plan:
+                raise ValueError(
+                    f"{label} holds a build from other input or arguments that was not finished. Give another --out, "
+                    "or delete it."
+                )
+        elif any(name.endswith(".tar") and "/" not in name for name in files):
+            raise ValueError(f"{label} holds tar files that this tool did not write. Give another --out.")
+        return False
+
+    def plan(self) -> Plan:
+        """Of the build that lies here. Raises ValueError when there is none."""
+        if PLAN_FILE not in self.files():
+            raise ValueError(f"{self.storage.label} holds no parts of a build, or one that was merged already")
+        return Plan.from_json(self.storage.read_all(PLAN_FILE))
+
+    def begin(self, plan: Plan) -> None:
+        """Marks the place as being built."""
+        if self.folder is not None:
+            (self.folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
+        self.storage.put(PLAN_FILE, (json.dumps(plan.to_dict()) + "\n").encode())
+
+    def save(self, number: int, record: Record) -> None:
+        """Writes a shard's record; its tar must be in place."""
+        about = {"info": record.info and asdict(record.info), "rejected": record.rejected}
+        buffer = io.BytesIO()
+        pq.write_table(record.rows.replace_schema_metadata({"shard": json.dumps(about)}), buffer)
+        self.storage.put(f"{STATE_FOLDER}/{number:06d}.parquet", buffer.getvalue())
+
+    def load(self, number: int) -> Record:
+        """A shard's record."""
+        table = pq.read_table(pa.BufferReader(self.storage.read_all(f"{STATE_FOLDER}/{number:06d}.parquet")))
+        about = json.loads(table.schema.metadata[b"shard"])
+        info = about["info"] and ShardInfo(**about["info"])
+        return Record(info, table.replace_schema_metadata(None), about["rejected"])
+
+    def finished(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Shards that are done, and how many samples were left out of each."""
+        files = self.files()
+        there = [number for number in numbers if f"{STATE_FOLDER}/{number:06d}.parquet" in files]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            records = zip(there, pool.map(self.load, there), strict=True)
+            return {
+                number: len(record.rejected)
+                for number, record in records
+                if record.info is None or files.get(record.info.name) == record.info.bytes
+            }
+
+    def remove_state(self, files: Iterable[str]) -> None:
+        """Removes the records, once the data set is complete."""
+        for name in files:
+            if name.startswith(f"{STATE_FOLDER}/"):
+                self.storage.delete(name)
+        if self.folder is not None and (self.folder / STATE_FOLDER).exists():
+            (self.folder / STATE_FOLDER).rmdir()
+
+
+_job: Job | None = None
+_counters = None  # shared between processes, see DONE, REJECTED, STOP
+DONE, REJECTED, STOP = range(3)
+
+
+def start_worker(job: Job, counters, in_process: bool) -> None:
+    """Keeps what all shards share. An interrupt is the main process's business: it sets STOP."""
+    global _job, _counters
+    _job, _counters = job, counters
+    if not in_process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def count(counter: int) -> None:
+    """Adds one for the progress line."""
+    with _counters.get_lock():
+        _counters[counter] += 1
+
+
+def build_shard(number: int, rows: np.ndarray, addresses: np.ndarray) -> int:
+    """Builds one shard of the samples in `rows` of the input, and its record; runs in a worker.
+
+    Returns:
+        how many samples were left out.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = (_job.folder or Path(scratch)) / shard_name(number)
+        record = write_shard(path, rows.tolist(), addresses)
+        if _job.folder is None and record.info is not None:
+            _job.output.put(path.name, path)
+    Output(_job.output.url).save(number, record)
+    return len(record.rejected)
+
+
+def write_shard(path: Path, rows: list[int], addresses: np.ndarray) -> Record:
+    """The tar of a shard."""
+    lengths = ()
+    if _job.tokenizers:
+        from text_lengths import text_lengths  # imports transformers, which takes seconds
+
+        lengths = text_lengths(_job.tokenizers)
+    rejected = []
+    with ShardFile(path, [length.fingerprint for length in lengths]) as shard:
+        for row, address in zip(rows, addresses, strict=True):
+            if _counters[STOP]:
+                raise InterruptedError("stopped")
+            record = {}
+            try:
+                record = _job.reader.read(address)
+                sample = _job.cutter.make_sample(row, record)
+                tokens = {
+                    length.fingerprint: length.count(sample.conversations, len(sample.images)) for length in lengths
+                }
+                shard.write(sample, tokens)
+            except BadSample as error:
+                rejected.append({"id": record.get("id", row), "file": _file(record), "reason": str(error)})
+                count(REJECTED)
+            count(DONE)
+    empty = pa.schema(ROW_SCHEMA).empty_table()
+    return Record(shard.info, empty if shard.rows is None else shard.rows, rejected)
+
+
+def _file(record: dict):
+    """What a report calls a record's pictures."""
+    image = record.get("image", record.get("images"))
+    if isinstance(image, list):
+        return [picture.name if isinstance(picture, Picture) else picture for picture in image]
+    return image.name if isinstance(image, Picture) else image
+
+
+def build_missing(
+    output: Output, plan: Plan, listing: Listing, job: Job, numbers: list[int], workers: int, check: Callable
+) -> None:
+    """Builds those of the shards `numbers` that are not finished; 0 workers: in this process.
+
+    Args:
+        check: is called with the number of samples left out so far, and raises when they are too many.
+
+    A worker's error ends the build.
+    """
+    done = output.finished(numbers)
+    order = permutation(plan.samples, plan.seed)
+
+    def rows_of(number: int) -> np.ndarray:
+        return order[number * plan.shard_samples : (number + 1) * plan.shard_samples]
+
+    counters, rejected = PROCESSES.Array("q", 3), sum(done.values())
+    missing = (number for number in numbers if number not in done)
+    total, before = (sum(len(rows_of(number)) for number in which) for which in (numbers, done))
+    with worker_pool(workers, start_worker, (job, counters, not workers)) as pool, Progress(total, before) as progress:
+        try:
+            waiting: set[Future] = set()
+            while True:
+                for number in itertools.islice(missing, 2 * max(workers, 1) - len(waiting)):
+                    rows = rows_of(number)
+                    waiting.add(pool.submit(build_shard, number, rows, listing.addresses[rows]))
+                if not waiting:
+                    break
+                finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                progress.show(counters[DONE], sum(done.values()) + counters[REJECTED])
+                for future in finished:
+                    rejected += future.result()  # raises what the worker raised
+                check(rejected)
+        except BaseException:
+            counters[STOP] = 1
+            raise
+
+
+def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[DatasetInfo, list[dict]]:
+    """Makes the data set of the finished shards; gives it and the samples left out.
+
+    Raises:
+        ValueError: shards are missing, or too many samples were left out.
+    """
+    numbers = range(plan.num_shards)
+    missing = sorted(set(numbers) - set(output.finished(numbers)))
+    if missing:
+        raise ValueError(
+            f"{output.storage.label}: {len(missing)} of {plan.num_shards} shards are not built yet, for example "
+            f"{shard_name(missing[0])}. Run the missing parts (--part i/n), then --merge again."
+        )
+    rejected = report(output, numbers)
+    check_share(len(rejected), plan.samples, max_rejected_share, output, numbers)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        chunks = (numbers[start : start + 4 * READ_THREADS] for start in range(0, len(numbers), 4 * READ_THREADS))
+        records = (record for chunk in chunks for record in pool.map(output.load, chunk))
+        parts = ((record.info, record.rows) for record in records if record.info is not None)
+        build = {**plan.to_dict(), "rejected": len(rejected)}
+        info = write_dataset(output.storage, plan.anyres, plan.codec, parts, json.loads(json.dumps(build)))
+    files, kept = output.files(), {shard.name for shard in info.shards}
+    for name in files:
+        if re.fullmatch(r"shard-\d+\.tar", name) and name not in kept:  # an earlier attempt at it had a sample
+            output.storage.delete(name)
+    output.remove_state(files)
+    return info, rejected
+
+
+def report(output: Output, numbers: Iterable[int]) -> list[dict]:
+    """Writes the list of samples left out of these shards: one JSON object a line."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        rejected = [entry for record in pool.map(output.load, numbers) for entry in record.rejected]
+    output.storage.put(REPORT_FILE, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
+    return rejected
+
+
+def check_share(rejected: int, samples: int, max_share: float, output: Output, numbers: Iterable[int]) -> None:
+    """Fails when too many samples were left out, or all.
+
+    The records of the shards that lack some are removed first: when the images are mended, the same command builds
+    those shards again.
+
+    Raises:
+        ValueError: with the most common reasons.
+    """
+    if rejected != samples and rejected <= max_share * samples:
+        return
+    done = output.finished(numbers)
+    reasons = Counter(entry["reason"].partition(":")[0] for entry in report(output, done)).most_common(3)
+    for number in done:
+        if done[number]:
+            output.storage.delete(f"{STATE_FOLDER}/{number:06d}.parquet")
+    raise ValueError(
+        f"{rejected} of {samples} samples rejected, more than --max_rejected_share {max_share} allows; no data set "
+        f"written. See {output.storage.address(REPORT_FILE)}; most often: "
+        + "; ".join(f"{reason} ({number})" for reason, number in reasons)
+    )

@@ -1,0 +1,114 @@
+"""From a record of an input to a sample as it is stored: text checked by training's rules, pictures as strips."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from inputs import Picture, image_names, leaves_root, source_name
+
+from llava_next.anyres import HF_336, ORIGINAL_336, ORIGINAL_384, AnyRes
+from llava_next.data.pictures import open_picture, stored_turn
+from llava_next.data.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.tar import BadSample
+from llava_next.templates import place_images, read_turns
+
+TOWERS = {"clip-336": AnyRes(336, 14, ORIGINAL_336), "siglip-384": AnyRes(384, 14, ORIGINAL_384)}
+PINPOINTS = {"original": None, "hf": HF_336}  # None: the tower's own
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """How records become samples.
+
+    Args:
+        root: folder that image paths are relative to; None: all pictures are embedded.
+        anyres: geometry of the tiles; codec, quality: of the strips.
+        source: name for the part of the mixture; None: each record's own, see `inputs.source_name`.
+    """
+
+    root: Path | None
+    anyres: AnyRes
+    codec: str = "auto"
+    quality: int = 95
+    source: str | None = None
+
+    def make_sample(self, row: int, record: dict) -> RawSample:
+        """The record in row `row` of the input. Raises BadSample."""
+        names = image_names(record)
+        conversations = record.get("conversations")
+        if not isinstance(conversations, list):
+            raise BadSample("conversations is missing or not a list of turns")
+        check_text(conversations, len(names))
+        turns = [stored_turn(turn) for turn in conversations]
+        images = [self.cut_picture(name) for name in names]
+        return RawSample(f"{row:09d}", str(record.get("id", row)), self.source or source_name(record), turns, images)
+
+    def cut_picture(self, name: str | Picture) -> StripInfo:
+        """One picture as a strip of tiles. Raises BadSample."""
+        image = open_picture(name.data if isinstance(name, Picture) else self._path(name))
+        try:
+            rows, cols = self.anyres.grid(*image.size)
+            ext, data = encode_strip(self.anyres.tiles(image), self.codec, self.quality)
+        except ValueError as error:
+            raise BadSample(str(error)) from error
+        return StripInfo(*image.size, rows, cols, ext, data)
+
+    def _path(self, name: str) -> Path:
+        if self.root is None:
+            raise BadSample(f"image {name} is a path, and there is no --images")
+        if leaves_root(name):
+            raise BadSample(f"path leaves the image root: {name}")
+        try:
+            if (self.root / name).is_file():
+                return self.root / name
+        except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+            pass
+        raise BadSample(f"no such image file: {self.root / name}")
+
+
+def check_text(conversations: list, n_images: int) -> None:
+    """Applies the rules of training; what they make of the text is not stored. Raises BadSample."""
+    try:
+        place_images(read_turns(conversations), n_images)
+    except ValueError as error:
+        raise BadSample(str(error)) from error
+
+
+def add_geometry_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `geometry` reads."""
+    add = parser.add_argument
+    add("--model", type=Path, help="cut tiles for this LLaVA-NeXT model folder")
+    add("--tower", choices=TOWERS, help="instead of --model: vision tower to cut tiles for")
+    add("--tile_size", type=int, help="instead of --tower: side of a tile in pixels")
+    add("--patch_size", type=int, help="instead of --tower: side of a patch in pixels")
+    add("--pinpoints", help="original (default), hf, or canvases as HEIGHTxWIDTH,HEIGHTxWIDTH,... in pixels")
+
+
+def geometry(options: argparse.Namespace) -> AnyRes:
+    """The tiles' geometry from --model, --tower, or --tile_size, --patch_size and --pinpoints. Raises ValueError."""
+    if options.model is not None:
+        return model_geometry(options.model)
+    named = TOWERS.get(options.tower)
+    if named is None and None in (options.tile_size, options.patch_size, options.pinpoints):
+        raise ValueError("give --model or --tower, or all of --tile_size, --patch_size and --pinpoints")
+    pinpoints = PINPOINTS.get(options.pinpoints or "original", options.pinpoints)
+    if isinstance(pinpoints, str):
+        try:
+            pinpoints = [(int(height), int(width)) for height, width in (p.split("x") for p in pinpoints.split(","))]
+        except ValueError:
+            raise ValueError(f"--pinpoints {pinpoints}: expected HEIGHTxWIDTH,HEIGHTxWIDTH,... in pixels") from None
+    tile_size = options.tile_size or named.tile_size
+    return AnyRes(tile_size, options.patch_size or named.patch_size, pinpoints or named.pinpoints)
+
+
+def model_geometry(folder: Path) -> AnyRes:
+    """The geometry that a LLaVA-NeXT model folder's config.json asks for. Raises ValueError when it holds none."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        vision = config["vision_config"]
+        return AnyRes(vision["image_size"], vision["patch_size"], config["image_grid_pinpoints"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"--model {folder}: no LLaVA-NeXT config.json there ({type(error).__name__}: {error})"
+        ) from None

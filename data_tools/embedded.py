@@ -1,0 +1,146 @@
+"""Inputs that hold their pictures: Hugging Face data sets (parquet) and webdataset shards with raw images."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from inputs import Lister, Listing, Picture, source_name
+from shard_walk import Stream, samples_in, shard_files
+
+from llava_next.data.shards import RawSample, read_sample
+from llava_next.data.storage import Storage
+from llava_next.data.tar import BadSample
+
+SHARDS_AT_ONCE = 4
+IMAGE_COLUMNS = ("image", "images")
+
+
+class HubReader:
+    """Rows of a `datasets.Dataset`, which lies memory-mapped on disk; an address is (0, row, 0)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def read(self, address: np.ndarray) -> dict:
+        """See `inputs.Reader`."""
+        row = int(address[1])
+        record = self.dataset[row]
+        for column in IMAGE_COLUMNS:
+            value = record.get(column)
+            pictures = value if isinstance(value, list) else [] if value is None else [value]
+            if pictures:
+                record[column] = [_picture(picture, f"row {row}") for picture in pictures]
+        return record
+
+
+def list_hub(name: str, split: str) -> Listing:
+    """A data set of the Hugging Face hub by its id, or a local folder of parquet files: `datasets` copies either into
+    its cache as Arrow files, from which any row is read at once.
+
+    Raises:
+        ValueError: no such data set, or one without `conversations`.
+    """
+    try:
+        from datasets import Image, List, load_dataset
+    except ImportError:
+        raise ValueError("--hf needs the package datasets: pip install 'llava-next-trainer[data]'") from None
+    try:
+        if Path(name).is_dir():
+            files = sorted(str(path) for path in Path(name).rglob("*.parquet"))
+            dataset = load_dataset("parquet", data_files={split: files}, split=split)
+        else:
+            dataset = load_dataset(name, split=split)
+    except Exception as error:  # whatever the network, the hub or a damaged file make of it
+        raise ValueError(f"--hf {name}: {type(error).__name__}: {error}") from None
+    if "conversations" not in dataset.column_names:
+        raise ValueError(f"--hf {name}: no column conversations, only {', '.join(dataset.column_names)}")
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    return _list_rows(dataset)
+
+
+def _list_rows(dataset) -> Listing:
+    """Hashes ids, texts and names of sources; pictures are not looked at."""
+    lister, digest = Lister(), hashlib.sha256()
+    texts = [name for name in ("id", "source", "data_source", "conversations") if name in dataset.column_names]
+    has_images = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+    for row, record in enumerate(dataset.select_columns(texts)):
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+        # one source a set, unless the rows say otherwise
+        name = source_name({**record, "image": Picture("", b"") if has_images else None})
+        lister.add((0, row, 0), name)
+    return lister.listing(digest.hexdigest(), HubReader(dataset))
+
+
+def _picture(value, where: str):
+    """A cell of an image column: embedded bytes, or a path below the image root."""
+    if isinstance(value, dict):
+        path = value.get("path") or where
+        return path if value.get("bytes") is None else Picture(f"{where} ({path})", value["bytes"])
+    return value
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Samples of webdataset shards; an address is (shard, first byte, bytes)."""
+
+    storage: Storage
+    names: tuple[str, ...]
+
+    def read(self, address: np.ndarray) -> dict:
+        """See `inputs.Reader`."""
+        shard, start, length = address.tolist()
+        return _record(read_sample(self.storage.read_range(self.names[shard], start, length)))
+
+
+def list_shards(url: str) -> Listing:
+    """All samples of the `*.tar` files at a URL.
+
+    Raises:
+        ValueError: no shards, or damaged ones, each with its reason.
+        StorageError: a read failed.
+    """
+    storage = Storage(url)
+    shards = shard_files(storage)
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        listed = list(pool.map(lambda shard: _list_shard(storage, *shard), shards))
+    damaged = [problem for _, _, problem in listed if problem]
+    if damaged:
+        raise ValueError(f"--shards: {len(damaged)} damaged shard(s), copy them again: {'; '.join(damaged[:10])}")
+    lister, digest = Lister(), hashlib.sha256()
+    for number, (found, sha256, _) in enumerate(listed):
+        digest.update(sha256.encode())
+        for start, length, source in found:
+            lister.add((number, start, length), source)
+    return lister.listing(digest.hexdigest(), ShardReader(storage, tuple(name for name, _ in shards)))
+
+
+def _list_shard(storage: Storage, name: str, size: int) -> tuple[list[tuple[int, int, str]], str, str]:
+    """Of each sample first byte, bytes and source; sha256 of the shard; what is wrong with it, or nothing."""
+    stream, found = Stream(storage, name, size), []
+    try:
+        for sample in samples_in(stream):
+            if sample.problem:
+                return found, "", f"{storage.address(name)}: {sample.problem}"
+            try:
+                source = source_name(_record(read_sample(sample.data)))
+            except BadSample:
+                source = "image"  # the build reads it again, and reports it
+            found.append((sample.start, len(sample.data), source))
+    except BadSample as error:
+        return found, "", f"{storage.address(name)}: {error}"
+    return found, stream.sha256(), ""
+
+
+def _record(sample: RawSample) -> dict:
+    """A sample of a shard as a record. Raises BadSample."""
+    if not all(image.is_raw for image in sample.images):
+        raise BadSample(f"sample {sample.key!r} holds tiles already; build from shards with raw images")
+    pictures = [Picture(f"{sample.key}.{image.ext}", image.data) for image in sample.images]
+    return {"id": sample.id, "source": sample.source, "conversations": sample.conversations, "image": pictures or None}

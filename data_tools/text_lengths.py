@@ -1,0 +1,51 @@
+"""Exact text lengths: what a tokenizer with a chat template makes of a sample, without its image tokens."""
+
+import functools
+from collections.abc import Sequence
+
+from transformers import AutoTokenizer
+
+from llava_next.data.tar import BadSample
+from llava_next.templates import TEMPLATES, get_template
+from llava_next.tokenise import IMAGE_TOKEN, fingerprint
+
+
+class TextLength:
+    """Counts the text tokens of samples as a run will see them.
+
+    Args:
+        argument: `NAME_OR_FOLDER:template`. Best a composed model folder, whose tokenizer is the run's own. A published
+            language model's is prepared as scripts/compose.py does it.
+
+    Raises:
+        ValueError: no such tokenizer or template, or they do not fit each other.
+    """
+
+    def __init__(self, argument: str):
+        name, _, template = argument.rpartition(":")
+        if not name or template not in TEMPLATES:
+            raise ValueError(f"--tokenizer {argument}: expected NAME_OR_FOLDER:template, one of {', '.join(TEMPLATES)}")
+        self.argument, self.template = argument, get_template(template)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            if IMAGE_TOKEN not in self.tokenizer.get_vocab():
+                self.template.prepare_tokenizer(self.tokenizer)
+            self.template.check_tokenizer(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--tokenizer {argument}: {str(error).splitlines()[0]}") from None
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.fingerprint = fingerprint(self.tokenizer, template)
+
+    def count(self, conversations: Sequence[dict], n_images: int) -> int:
+        """Text tokens of a sample, template included. Raises BadSample when the template refuses it."""
+        try:
+            ids, _ = self.template.encode(conversations, self.tokenizer, self.image_token_id, [0] * n_images)
+        except ValueError as error:
+            raise BadSample(f"template {self.template.name}: {error}") from error
+        return len(ids)
+
+
+@functools.cache
+def text_lengths(arguments: tuple[str, ...]) -> tuple[TextLength, ...]:
+    """The tokenizers of a command line, loaded once in a process. Raises ValueError as `TextLength`."""
+    return tuple(TextLength(argument) for argument in arguments)
