@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ class Feed:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(loader,), name="feed", daemon=True)
         self._thread.start()
+        # At exit Python would end workers by SIGTERM, which they ignore, and wait for them.
+        atexit.register(self.close)
 
     @property
     def ready(self) -> int:
@@ -49,6 +52,7 @@ class Feed:
         """Stops loading and ends the worker processes. Can be called again."""
         self._closing.set()
         self._thread.join(timeout=30)
+        atexit.unregister(self.close)
 
     def _take(self) -> PackedBatch:
         try:
@@ -63,6 +67,7 @@ class Feed:
         return item
 
     def _run(self, loader: DataLoader) -> None:
+        batches = None
         try:
             batches = iter(loader)
             for batch in batches:
@@ -71,6 +76,10 @@ class Feed:
             self._put(StopIteration())
         except BaseException as error:
             self._put(error)
+        finally:
+            # An error's traceback would keep the iterator, and it ends its workers only when nothing holds it.
+            if loader.num_workers and batches is not None:
+                batches._shutdown_workers()
 
     def _put(self, item) -> bool:
         """False when the feed was closed before there was room."""
