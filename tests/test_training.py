@@ -168,6 +168,7 @@ GOOD = {"--model": "base", "--data.sources": "shards", "--run_dir": "run", "--da
         ({"--data.template": "vicuna"}, "no template 'vicuna'"),
         ({"--model": "digits"}, "has no config.json"),
         ({"--model": "other_tower"}, "was cut for another model"),
+        ({"--log_with": "[wandb]"}, "log_with: wandb is not installed"),
         ({"--checkpoint.resume": "digits"}, "is not a complete checkpoint"),
         ({}, "accelerate launch"),
     ],

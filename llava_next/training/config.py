@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -269,6 +270,8 @@ def check_run(config: RunConfig) -> None:
     for key, least in (("every", 0), ("keep_last", 1), ("keep_every", 0)):
         value = getattr(config.checkpoint, key)
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
+    for name in config.log_with:
+        require(find_spec(name) is not None, "log_with", f"{name} is not installed; `pip install {name}`")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")
     steps = config.profile.steps
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")

@@ -45,6 +45,7 @@ class Journal:
         self.skipped = JsonLines(run_dir / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl"))
         self.bar = _Bar(progress) if self.main and sys.stdout.isatty() else None
         if config.log_with:
+            accelerator.project_configuration.set_directories(str(run_dir))
             accelerator.log_with = filter_trackers(list(config.log_with), str(run_dir))
             accelerator.init_trackers(
                 "llava-next", config=flat(asdict(config)), init_kwargs={"wandb": {"name": run_dir.name, "dir": run_dir}}
