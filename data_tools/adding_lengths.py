@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from progress import Progress, worker_pool
 from text_lengths import text_lengths
 
-from llava_next.data.index import INDEX_FILE, TEXT_TOKENS_PREFIX, DatasetInfo, ShardInfo, read_dataset
+from llava_next.data.dataset import DatasetInfo, ShardInfo
+from llava_next.data.index import INDEX_FILE, TEXT_TOKENS_PREFIX, read_dataset
 from llava_next.data.shards import parse_description, read_sample
 from llava_next.data.storage import Storage, StorageError
 from llava_next.data.tar import BadSample, tar_members

@@ -21,7 +21,7 @@ from building import Job, Output, Plan, build_missing, check_share, finish
 from cutting import Cutter, add_geometry_arguments, geometry
 from inputs import Listing, check_expected, list_json
 
-from llava_next.data.index import DatasetInfo
+from llava_next.data.dataset import DatasetInfo
 from llava_next.data.shards import CODECS
 
 

@@ -27,7 +27,8 @@ from inputs import Listing, Picture, Reader
 from progress import PROCESSES, Progress, worker_pool
 
 from llava_next.anyres import AnyRes
-from llava_next.data.index import DATASET_FILE, INDEX_FILE, ROW_SCHEMA, DatasetInfo, ShardInfo
+from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo
+from llava_next.data.index import INDEX_FILE, ROW_SCHEMA
 from llava_next.data.plan import permutation
 from llava_next.data.storage import Storage
 from llava_next.data.tar import BadSample

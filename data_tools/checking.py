@@ -18,8 +18,9 @@ from progress import Progress, worker_pool
 from shard_walk import Stream
 
 from llava_next.data.batch import IGNORE, Example
+from llava_next.data.dataset import DatasetInfo
 from llava_next.data.encode import Encoder, picture_tiles
-from llava_next.data.index import DatasetInfo, Index
+from llava_next.data.index import Index
 from llava_next.data.shards import RawSample, read_sample
 from llava_next.data.storage import Storage, StorageError
 from llava_next.data.tar import BadSample

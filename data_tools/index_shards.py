@@ -28,7 +28,8 @@ from progress import Progress, worker_pool
 from shard_walk import Found, Stream, samples_in, shard_files
 
 from llava_next.anyres import AnyRes
-from llava_next.data.index import DATASET_FILE, ROW_SCHEMA, DatasetInfo, ShardInfo
+from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo
+from llava_next.data.index import ROW_SCHEMA
 from llava_next.data.pictures import open_picture
 from llava_next.data.shards import RawSample, read_sample
 from llava_next.data.storage import Storage

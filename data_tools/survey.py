@@ -10,7 +10,8 @@ import numpy as np
 from checking import KINDS, Findings
 
 from llava_next.anyres import AnyRes
-from llava_next.data.index import DatasetInfo, Index
+from llava_next.data.dataset import DatasetInfo
+from llava_next.data.index import Index
 from llava_next.data.mixture import Mixture
 from llava_next.training.banner import deal_some
 from llava_next.training.config import RunConfig

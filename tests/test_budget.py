@@ -14,7 +14,8 @@ from tiny import geometry, pack_tiny, random_samples
 from transformers import LlavaNextConfig
 
 from llava_next.anyres import ORIGINAL_336, AnyRes
-from llava_next.data.index import ROW_SCHEMA, ShardInfo
+from llava_next.data.dataset import ShardInfo
+from llava_next.data.index import ROW_SCHEMA
 from llava_next.data.writer import write_dataset
 from llava_next.model.attention import attention_names
 from llava_next.model.compose import compose, random_part

@@ -25,13 +25,9 @@ from PIL import Image
 from test_index import rewrite_index, write_samples
 from test_shards import SMALL, TURNS, description, tar_bytes
 
+from llava_next.data.dataset import ShardInfo
 from llava_next.data.encode import Encoder
-from llava_next.data.index import (
-    INDEX_FILE,
-    ROW_SCHEMA,
-    ShardInfo,
-    read_dataset,
-)
+from llava_next.data.index import INDEX_FILE, ROW_SCHEMA, read_dataset
 from llava_next.data.loader import LoaderOptions, build_loader
 from llava_next.data.mixture import Mixture
 from llava_next.data.shards import BadSample, decode_strip, encode_strip, read_sample

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_index import accept_index, rewrite_index, with_column, write_samples
 
-from llava_next.data.index import DATASET_FILE, INDEX_FILE, MAX_DATASET_BYTES, DatasetInfo, read_dataset
+from llava_next.data.dataset import DATASET_FILE, MAX_DATASET_BYTES, DatasetInfo
+from llava_next.data.index import INDEX_FILE, read_dataset
 
 ESCAPES = "\x1b[2J\n\x9b31m\u202e"  # clear the screen, new line, red, right to left
 

@@ -12,15 +12,8 @@ import pytest
 from PIL import Image
 
 from llava_next.anyres import HF_336, ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.data.index import (
-    DATASET_FILE,
-    INDEX_FILE,
-    SCHEMA,
-    DatasetInfo,
-    ShardInfo,
-    check_geometry,
-    read_dataset,
-)
+from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_geometry
+from llava_next.data.index import INDEX_FILE, SCHEMA, read_dataset
 from llava_next.data.shards import RawSample, StripInfo, encode_strip
 from llava_next.data.writer import ShardWriter, write_dataset
 

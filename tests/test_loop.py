@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from llava_next.data.loader import LoaderOptions, build_loader
 from llava_next.data.mixture import Mixture
 from llava_next.data.shards import read_sample
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.agreement import RanksDisagree, agree_on_step, same_on_all_ranks
 from llava_next.training.health import NonFinite
 from llava_next.training.journal import flat
 from llava_next.training.optim import Rates, build_optimizer, freeze, rate_multiplier, set_rates
@@ -247,9 +249,31 @@ def test_feed_raises_the_loaders_error_in_its_place_and_ends_its_thread(demo):
     assert not feed._thread.is_alive()
 
 
-def test_step_message_counts_squares_and_reads(one_process, demo):
-    from llava_next.training.agreement import agree_on_step, same_on_all_ranks
+def compare_texts(rank: int, folder, texts) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    outcome = "agreed"
+    try:
+        same_on_all_ranks("plan", "the same")
+        same_on_all_ranks("configuration", texts[rank])
+    except RanksDisagree as error:
+        outcome = str(error)
+    (folder / f"outcome{rank}").write_text(outcome)
+    dist.destroy_process_group()
 
+
+@pytest.mark.parametrize(("texts", "expected"), [(("a", "a"), "agreed"), (("a", "b"), "different configuration")])
+def test_ranks_with_different_configurations_all_refuse_to_start(tmp_path, texts, expected):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llava_next.training.agreement"])
+    ranks = [context.Process(target=compare_texts, args=(rank, tmp_path, texts)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert all(expected in (tmp_path / f"outcome{rank}").read_text() for rank in range(2))
+
+
+def test_step_message_counts_squares_and_reads(one_process, demo):
     data = SimpleNamespace(template="mistral", max_length=MAX_LENGTH)
     parts = load_parts(SimpleNamespace(model=str(demo / "base"), data=data))
     mixture = Mixture([(demo / "shards", "digits", 1.0)], parts.anyres, 16, max_length=MAX_LENGTH)
@@ -262,4 +286,3 @@ def test_step_message_counts_squares_and_reads(one_process, demo):
     assert counts.counts["samples"] == 16 and counts.data_wait_s == 0.25 and not (counts.stop or counts.failed)
     assert counts.io["requests"] >= 16 and counts.io["bytes"] > 0
     assert agree_on_step([], 16, stop=True, failed=True).stop and agree_on_step([], 16, failed=True).failed
-    same_on_all_ranks("text", "any")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ANYRES
 
-from llava_next.data.index import read_dataset, read_info
+from llava_next.data.dataset import read_info
+from llava_next.data.index import read_dataset
 from llava_next.data.lazy_index import LazyIndex
 from llava_next.data.mixture import Mixture
 from llava_next.data.shards import RawSample, StripInfo, encode_strip
@@ -68,7 +69,19 @@ def test_lazy_index_gives_the_same_rows_as_the_whole_one(folders):
     for count in (1, 5, 40, 90):
         rows = rng.permutation(90)[:count]
         ours, theirs = lazy.take(rows), whole.take(rows)
-        for name in ["shard", "offset", "nbytes", "crc32", "image_offsets", "widths", "heights", "rows", "cols", "text_bytes", "turns"]:
+        for name in [
+            "shard",
+            "offset",
+            "nbytes",
+            "crc32",
+            "image_offsets",
+            "widths",
+            "heights",
+            "rows",
+            "cols",
+            "text_bytes",
+            "turns",
+        ]:
             assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
         assert [ours.locate(i) for i in range(count)] == [whole.locate(row) for row in rows]
         names = [[index.source_names[i] for i in index.source] for index in (ours, theirs)]
@@ -105,7 +118,7 @@ def test_plan_and_sizes_are_the_same_whether_the_index_is_held_or_read_in_parts(
     for step in range(held.total_steps):
         assert np.array_equal(held.step_sizes(step), parts.step_sizes(step))
     assert list(held.requests(1, 2, 2000, 20)) == list(parts.requests(1, 2, 2000, 20))
-    with pytest.raises(ValueError, match="a has 90 samples, too many.*shuffle_shards"):
+    with pytest.raises(ValueError, match=r"a has 90 samples, too many.*shuffle_shards"):
         mixture(folders, resident_samples=10)
 
 
@@ -142,7 +155,7 @@ def resumed(state: dict, folders, names, step: int, **changes) -> Mixture:
     """Another plan that goes on after `step` steps of the one that `state` is from."""
     plan = mixture(folders, names, **changes)
     state = json.loads(json.dumps(state)) | {"step": step}
-    with pytest.raises(ValueError, match="another plan.*allow_changed_plan"):
+    with pytest.raises(ValueError, match=r"another plan.*allow_changed_plan"):
         plan.resume(state)
     assert plan.resume(state, allow_changed_plan=True)
     return plan

@@ -18,7 +18,8 @@ import numpy as np
 
 from llava_next.anyres import AnyRes
 from llava_next.data import plan
-from llava_next.data.index import DatasetInfo, Index, Location, check_geometry, read_dataset, read_info
+from llava_next.data.dataset import DatasetInfo, check_geometry, read_info
+from llava_next.data.index import Index, Location, read_dataset
 from llava_next.data.lazy_index import LazyIndex
 from llava_next.data.legs import Leg, place, rest_of_epoch, split
 from llava_next.data.storage import Storage

@@ -19,7 +19,7 @@ from einops import rearrange
 from PIL import Image
 
 from llava_next.anyres import MAX_SIDE
-from llava_next.data.index import MAX_TILES
+from llava_next.data.dataset import MAX_TILES
 from llava_next.data.pictures import RAW_KINDS, check_scans, open_picture, parse_foreign
 from llava_next.data.tar import BadSample, tar_members
 

@@ -17,15 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_next.anyres import AnyRes
-from llava_next.data.index import (
-    DATASET_FILE,
-    INDEX_FILE,
-    ROW_SCHEMA,
-    SCHEMA,
-    TEXT_TOKENS_PREFIX,
-    DatasetInfo,
-    ShardInfo,
-)
+from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo
+from llava_next.data.index import INDEX_FILE, ROW_SCHEMA, SCHEMA, TEXT_TOKENS_PREFIX
 from llava_next.data.shards import RawSample, sample_members
 from llava_next.data.storage import Storage, written_aside
 from llava_next.data.tar import BadSample

@@ -146,7 +146,7 @@ def apply_checkpointing(model: nn.Module, policy: str = "full", offload: bool = 
             layers[number] = offload_wrapper(wrapped) if offload else wrapped
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compiles every layer of tower and language model by itself, for sequences of any length; parameters keep names.
 
     All layers of a stack share their compiled code. Comes after `apply_checkpointing` and before sharding, so that
@@ -154,7 +154,7 @@ def compile_layers(model: nn.Module) -> None:
     """
     for layers in layer_stacks(model):
         for layer in layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
 
 def _keep(context, operation, *args, **kwargs) -> CheckpointPolicy:

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_next.anyres import MAX_SIDE
-from llava_next.data.index import DATASET_FILE, INDEX_FILE, MAX_TILES, SCHEMA, DatasetInfo, read_dataset, read_info
+from llava_next.data.dataset import DATASET_FILE, MAX_TILES, DatasetInfo, read_info
+from llava_next.data.index import INDEX_FILE, SCHEMA, read_dataset
 from llava_next.data.lazy_index import LazyIndex
 from llava_next.data.pictures import open_picture
 from llava_next.data.shards import BadSample, decode_strip, read_sample, sample_members
