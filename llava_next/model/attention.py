@@ -195,6 +195,12 @@ def _flash(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling
 
 _KERNELS = {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa_per_segment}
 
+
+def keep_loop_uncompiled() -> None:
+    """Has torch.compile leave the loop over segments alone: it would compile it anew for each number of segments."""
+    _KERNELS["sdpa"] = torch.compiler.disable(_sdpa_per_segment)
+
+
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
 # The stock path under this name needs the masks that SDPA needs; the packed path builds none.
 AttentionMaskInterface.register(SEGMENT_ATTENTION, sdpa_mask)

@@ -21,6 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from llava_next.model.attention import keep_loop_uncompiled
 from llava_next.training.launch import check_launch, hsdp_sizes, layer_classes, layer_stacks
 
 # gloo for small tensors on the host (counts, flags, sizes): the control plane never waits for the GPU
@@ -152,6 +153,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     All layers of a stack share their compiled code. Comes after `apply_checkpointing` and before sharding, so that
     recomputation is compiled and FSDP2's gathers stay outside.
     """
+    keep_loop_uncompiled()
     for layers in layer_stacks(model):
         for layer in layers:
             layer.compile(dynamic=True, backend=backend)

@@ -303,7 +303,9 @@ def fuzz(target: Target, seconds: float) -> str:
         if time.monotonic() - start >= seconds:
             break
     faulthandler.cancel_dump_traceback_later()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    # not ru_maxrss: that of a process begins with what its parent had
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) >> 10
     return f"{sum(counts.values())} examples, {counts['read']} read, {counts['refused']} refused, {peak} MB"
 
 
