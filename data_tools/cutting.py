@@ -83,10 +83,18 @@ def add_geometry_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tile_size", type=int, help="instead of --tower: side of a tile in pixels")
     add("--patch_size", type=int, help="instead of --tower: side of a patch in pixels")
     add("--pinpoints", help="original (default), hf, or canvases as HEIGHTxWIDTH,HEIGHTxWIDTH,... in pixels")
+    add(
+        "--square", action="store_true", help="one tile from a picture's middle, for a stage 1 with data.images: square"
+    )
 
 
 def geometry(options: argparse.Namespace) -> AnyRes:
     """The tiles' geometry from --model, --tower, or --tile_size, --patch_size and --pinpoints. Raises ValueError."""
+    found = _tiled_geometry(options)
+    return AnyRes(found.tile_size, found.patch_size, (), square=True) if options.square else found
+
+
+def _tiled_geometry(options: argparse.Namespace) -> AnyRes:
     if options.model is not None:
         return model_geometry(options.model)
     named = TOWERS.get(options.tower)

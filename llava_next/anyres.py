@@ -33,6 +33,7 @@ ORIGINAL_384 = ((768, 384), (384, 768), (768, 768), (384, 1152), (1152, 384))
 # transformers unpads with int(round(x, 7)) of a fraction whose denominator is a side of the picture. While sides are
 # below 1e7 that is the exact integer quotient, which is what is computed here; beyond, rounding could lift it by one.
 MAX_SIDE = 10_000_000
+MAX_SQUARE_RATIO = 100  # a thinner picture, resized by its shorter side, would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class AnyRes:
         pinpoints: canvases as (height, width) in pixels, multiples of `tile_size`; their order breaks ties. Lists are
             accepted and become tuples. Empty means that there are no tiles but the base one: a picture is then its
             features and one newline.
+        square: not AnyRes at all, but what LLaVA-1.5 made of a picture: its shorter side is resized to S and one
+            square cut from its middle; the sequence is that tile's features, without a newline. Takes no pinpoints.
 
     Raises:
         ValueError: a size is not a positive integer, or a pinpoint is not a pair of positive multiples of `tile_size`.
@@ -54,6 +57,7 @@ class AnyRes:
     tile_size: int
     patch_size: int
     pinpoints: tuple[tuple[int, int], ...]
+    square: bool = False
 
     def __post_init__(self):
         tile_size = _positive_int(self.tile_size, "tile_size")
@@ -61,6 +65,8 @@ class AnyRes:
         if patch_size > tile_size:
             raise ValueError(f"patch_size {patch_size} is larger than tile_size {tile_size}; a tile needs a patch.")
         pinpoints = tuple(_checked_pinpoint(pinpoint, tile_size) for pinpoint in self.pinpoints)
+        if self.square and pinpoints:
+            raise ValueError("square pictures have no tiles but one; leave pinpoints empty.")
         for name, value in (("tile_size", tile_size), ("patch_size", patch_size), ("pinpoints", pinpoints)):
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -93,7 +99,7 @@ class AnyRes:
         640 x 480 is 2,340 tokens with CLIP-336; the most are 2,928, and 3,699 with SigLIP-384. So thin a picture that
         unpadding leaves no row is its base tile alone, without a newline; one without a column keeps only newlines.
         """
-        return _num_tokens(self.patches_per_tile, *_layout(self, width, height))
+        return _num_tokens(self, *_layout(self, width, height))
 
     def grid_many(self, widths, heights) -> tuple[np.ndarray, np.ndarray]:
         """`grid` for many pictures at once.
@@ -126,7 +132,7 @@ class AnyRes:
 
     def num_tokens_many(self, widths, heights) -> np.ndarray:
         """`num_tokens` for many pictures at once: int64 [N]. Arguments and errors as `grid_many`."""
-        return _num_tokens(self.patches_per_tile, *self.layout_many(widths, heights))
+        return _num_tokens(self, *self.layout_many(widths, heights))
 
     def layout_many(self, widths, heights) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Canvas and unpadded feature map of many pictures.
@@ -158,7 +164,7 @@ class AnyRes:
         features = 1 + np.arange((1 + rows * cols) * self.patches_per_tile, dtype=np.int64)
         base, tiles = np.split(features, [self.patches_per_tile])
         if rows * cols == 0:
-            return np.append(base, 0)
+            return base if self.square else np.append(base, 0)
         canvas = rearrange(tiles, "(r c i j) -> (r i) (c j)", r=rows, c=cols, i=side, j=side)
         top, left = (rows * side - map_rows) // 2, (cols * side - map_cols) // 2
         kept = canvas[top : top + map_rows, left : left + map_cols]
@@ -171,13 +177,14 @@ class AnyRes:
         distorted to a square, the canvas keeps the aspect ratio and is padded with black.
 
         Raises:
-            ValueError: a size as in `grid`, or a colour mode that Pillow cannot convert to RGB.
+            ValueError: a size as in `grid`, a colour mode that Pillow cannot convert to RGB, or with `square` a picture
+                more than `MAX_SQUARE_RATIO` times as long as wide.
         """
         image = to_rgb(image)
         rows, cols = self.grid(*image.size)
         side = self.tile_size
         tiles = np.empty((1 + rows * cols, side, side, 3), np.uint8)
-        tiles[0] = np.asarray(resize_bicubic(image, side, side))
+        tiles[0] = np.asarray(_centre_square(image, side) if self.square else resize_bicubic(image, side, side))
         if rows * cols:
             canvas = np.asarray(_letterbox(image, cols * side, rows * side))
             tiles[1:] = rearrange(canvas, "(r y) (c x) rgb -> (r c) y x rgb", r=rows, c=cols)
@@ -190,10 +197,10 @@ def _layout(anyres: AnyRes, width: int, height: int) -> tuple[int, int, int, int
     return tuple(int(values[0]) for values in anyres.layout_many([width], [height]))
 
 
-def _num_tokens(patches_per_tile, rows, cols, map_rows, map_cols):
+def _num_tokens(anyres: AnyRes, rows, cols, map_rows, map_cols):
     """Tokens of a layout (ints or arrays): base tile, map with a newline a row; one newline when there is no map."""
-    is_lone = rows * cols == 0
-    return patches_per_tile + map_rows * (map_cols + 1) + is_lone
+    lone_newline = (rows * cols == 0) & (not anyres.square)
+    return anyres.patches_per_tile + map_rows * (map_cols + 1) + lone_newline
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -236,6 +243,16 @@ def _letterbox(image: Image.Image, canvas_width: int, canvas_height: int) -> Ima
     canvas = Image.new("RGB", (canvas_width, canvas_height))
     canvas.paste(resize_bicubic(image, width, height), ((canvas_width - width) // 2, (canvas_height - height) // 2))
     return canvas
+
+
+def _centre_square(image: Image.Image, side: int) -> Image.Image:
+    """The middle of the picture with its shorter side resized to `side`, as CLIP's own processor cuts it."""
+    short, long = sorted(image.size)
+    if long > MAX_SQUARE_RATIO * short:
+        raise ValueError(f"a picture of {image.width} x {image.height} px is too thin for a square from its middle.")
+    width, height = (side if length == short else int(side * length / short) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return resize_bicubic(image, width, height).crop((left, top, left + side, top + side))
 
 
 def _positive_int(value, name: str) -> int:

@@ -369,3 +369,29 @@ def test_geometry_imports_neither_torch_nor_transformers():
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {"numpy", "einops", "PIL"} <= imported
     assert imported <= {"numpy", "einops", "PIL", "math", "operator", "dataclasses", "functools"}
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (336, 336), (50, 37), (1000, 101), (337, 500)])
+def test_square_is_the_middle_as_clips_own_processor_cuts_it(size):
+    """Resize of the shorter side, then the crop: within one grey level of stock transformers (the order of passes)."""
+    from transformers import CLIPImageProcessorPil
+
+    square = AnyRes(336, 14, (), square=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    stock = CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_rescale=False, do_normalize=False
+    )
+    expected = np.asarray(stock(picture, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    tiles = square.tiles(picture)
+    assert tiles.shape == (1, 336, 336, 3)
+    assert np.abs(tiles[0].astype(int) - expected).max() <= 1
+    assert square.num_tokens(*size) == 576 == len(square.feature_index(*size)) and square.num_tiles(*size) == 1
+    assert square.feature_index(*size).tolist() == list(range(1, 577))  # no newline
+    assert square.num_tokens_many([size[0]] * 2, [size[1]] * 2).tolist() == [576, 576]
+
+
+def test_square_takes_no_pinpoints_and_no_hair_thin_picture():
+    with pytest.raises(ValueError, match="leave pinpoints empty"):
+        AnyRes(336, 14, ORIGINAL_336, square=True)
+    with pytest.raises(ValueError, match="4000 x 20 px is too thin"):
+        AnyRes(336, 14, (), square=True).tiles(Image.new("RGB", (4000, 20)))

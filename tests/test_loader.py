@@ -25,7 +25,7 @@ def demo(tmp_path_factory):
     """80 samples in 4 shards, the plan over them, and the encoder of the demo model."""
     folder = tmp_path_factory.mktemp("loader")
     build_demo(folder, samples=80)
-    data = SimpleNamespace(template="mistral", max_length=300)
+    data = SimpleNamespace(template="mistral", images="anyres", max_length=300)
     parts = load_parts(SimpleNamespace(model=str(folder / "base"), data=data))
     return folder, parts.encoder
 

@@ -35,7 +35,7 @@ def demo(tmp_path_factory):
     """A data set of digits and the encoder of the demo model."""
     folder = tmp_path_factory.mktemp("stream")
     build_demo(folder, samples=SAMPLES)
-    data = SimpleNamespace(template="mistral", max_length=300)
+    data = SimpleNamespace(template="mistral", images="anyres", max_length=300)
     return folder / "shards", load_parts(SimpleNamespace(model=str(folder / "base"), data=data)).encoder
 
 

@@ -43,6 +43,7 @@ class DatasetInfo:
         shards: in the order of the index.
         build: what the tool that made it wants to remember (arguments, hash of the input); not read by training.
         format_version: of the files.
+        square: see `AnyRes`.
     """
 
     tile_size: int
@@ -59,11 +60,12 @@ class DatasetInfo:
     shards: tuple[ShardInfo, ...]
     build: dict = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    square: bool = False
 
     @property
     def anyres(self) -> AnyRes:
         """The geometry that the tiles were cut with."""
-        return AnyRes(self.tile_size, self.patch_size, self.pinpoints)
+        return AnyRes(self.tile_size, self.patch_size, self.pinpoints, self.square)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -88,7 +90,7 @@ class DatasetInfo:
             values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
             values["pinpoints"] = tuple(tuple(pair) for pair in values["pinpoints"])
             info = cls(**values)
-            AnyRes(info.tile_size, info.patch_size, info.pinpoints)
+            info.anyres  # noqa: B018 (raises when there is no such geometry)
             _check_shards(info)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(one_line(f"not a sound {DATASET_FILE}: {error}")) from None
@@ -162,10 +164,12 @@ def check_geometry(info: DatasetInfo, anyres: AnyRes, name: str = "the data set"
     """
     if info.anyres != anyres:
         theirs, ours = (
-            f"{a.tile_size} px tiles, {a.patch_size} px patches, pinpoints (h, w) {a.pinpoints}"
+            f"{a.tile_size} px tiles, {a.patch_size} px patches, "
+            + ("one square from the middle" if a.square else f"pinpoints (h, w) {a.pinpoints}")
             for a in (info.anyres, anyres)
         )
         raise ValueError(
             f"{name} was cut for another model: it has {theirs}; the model takes {ours}. Build the shards again for "
-            "this model (build_shards.py --tower ... --pinpoints ...), or train the model that they were cut for."
+            "this model (build_shards.py --tower ... --pinpoints ..., --square for data.images: square), or train the "
+            "model that they were cut for."
         )

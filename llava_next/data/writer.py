@@ -223,7 +223,8 @@ def write_dataset(
         StorageError: nothing more could be written; the folder is then not a data set.
     """
     storage = folder if isinstance(folder, Storage) else Storage(folder)
-    about = DatasetInfo(anyres.tile_size, anyres.patch_size, anyres.pinpoints, codec, **_NOTHING, build=build or {})
+    geometry = {"tile_size": anyres.tile_size, "patch_size": anyres.patch_size, "square": anyres.square}
+    about = DatasetInfo(**geometry, pinpoints=anyres.pinpoints, codec=codec, **_NOTHING, build=build or {})
     with _index_file(about, parts) as (path, info):
         storage.put(INDEX_FILE, path)
     storage.put(DATASET_FILE, info.to_json().encode())

@@ -43,6 +43,8 @@ class DataConfig:
         template: chat template of the training text; `plain` in stage 1.
         keep_template: allow a model folder whose saved chat template is not this one (a published llava-hf folder's
             own); the result keeps the folder's, so it is asked in another form than it was trained in.
+        images: `anyres`, or `square` for a stage 1 as LLaVA-1.5's: one tile from a picture's middle, no newline. The
+            shards must have been built for it (build_shards.py --square).
         batch_size: samples of an optimizer step, over all ranks.
         epochs: passes over the mixture.
         max_length: tokens of a sample, image tokens included; longer ones are cut at the end.
@@ -64,6 +66,7 @@ class DataConfig:
     sources: str | list[str | Source] = field(default_factory=list)
     template: str = "vicuna_v1"
     keep_template: bool = False
+    images: Literal["anyres", "square"] = "anyres"
     batch_size: int = 128
     epochs: int = 1
     max_length: int = 4096

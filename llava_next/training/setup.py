@@ -76,7 +76,9 @@ def load_parts(config: RunConfig) -> Parts:
     template.check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config.text_config.vocab_size)
     vision = model_config.vision_config
-    anyres = AnyRes(vision.image_size, vision.patch_size, [tuple(p) for p in model_config.image_grid_pinpoints])
+    square = config.data.images == "square"
+    pinpoints = [] if square else [tuple(p) for p in model_config.image_grid_pinpoints]
+    anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints, square)
     encoder = Encoder(template, tokenizer, model_config.image_token_id, anyres, config.data.max_length)
     return Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.name))
 
