@@ -105,10 +105,8 @@ def record_communication(run_dir: Path) -> None:
     Set in the environment already, the user's own values stay.
     """
     for name, value in (
-        ("TORCH_FR_BUFFER_SIZE", "2000"),  # torch >= 2.9; the older name is still read
-        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
+        ("TORCH_FR_BUFFER_SIZE", "2000"),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
         ("TORCH_FR_DUMP_TEMP_FILE", str(run_dir / "nccl-trace-rank")),
-        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / "nccl-trace-rank")),
     ):
         os.environ.setdefault(name, value)
