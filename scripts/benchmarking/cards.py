@@ -1,0 +1,117 @@
+"""Cards: what was measured, with all that is needed to measure it again, as small JSON files; and their comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+CARDS = ROOT / "scripts" / "benchmarks"
+PACKAGES = ("torch", "transformers", "accelerate", "obstore", "webdataset", "pillow", "numpy", "pyarrow")
+
+
+def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:
+    """Writes `NAME.json` with the figures, and hardware, load, versions, commit, date and command beside them.
+
+    Args:
+        figures: JSON; nested dictionaries and lists are fine.
+        out: folder of the cards.
+    """
+    card = {
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],  # of the machine, when the card was written
+        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "figures": rounded(figures),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
+    path.write_text(json.dumps(card, indent=1) + "\n")
+    print(f"card: {path}", flush=True)
+    return path
+
+
+def hardware() -> dict:
+    """Processor, cores that this process may use, memory in GB, and the GPU if there is one."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    found = {"cpu": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1)}
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        found |= {"gpu": device.name, "gpu_memory_gb": round(device.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+    return found
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with `+` when files differ from it; None outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
+    return f"{head}{'+' if git('status', '--porcelain', '-uno') else ''}" if head else None
+
+
+def rounded(value, digits: int = 4):
+    """Floats to so many significant digits, in any nesting; not-a-number and infinity, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {str(key): rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if abs(value) < float("inf") else None
+    return value
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable]) -> str:
+    """Rows as a Markdown table with aligned columns."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def compare(first: dict, second: dict) -> list[tuple[str, float, float, float]]:
+    """(name, first, second, second / first) of every number that two cards share and that is not 0 in the first."""
+    theirs = dict(_numbers(second["figures"]))
+    return [
+        (name, value, theirs[name], theirs[name] / value)
+        for name, value in _numbers(first["figures"])
+        if value and name in theirs
+    ]
+
+
+def _numbers(value, prefix: str = "") -> Iterator[tuple[str, float]]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in pairs:
+        yield from _numbers(item, f"{prefix}.{key}" if prefix else str(key))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield prefix, float(value)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

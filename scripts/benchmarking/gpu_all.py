@@ -1,0 +1,84 @@
+"""All that is wanted of a GPU, by one command within a time limit: what matters most comes first.
+
+A run that fails or takes too long costs its own figures only; what there was no time for is named at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarking.cards import ROOT, table, write_card
+
+
+@dataclass(frozen=True)
+class Job:
+    """A benchmark and the seconds that it may take; it is not begun when fewer are left than `least`."""
+
+    name: str
+    arguments: tuple[str, ...]
+    most: float
+    least: float = 40.0
+
+
+JOBS = (
+    Job("vicuna-7b", ("step", "--model", "vicuna-7b", "--profile", "{out}/profile-vicuna-7b"), 150),
+    Job("levers", ("ablate", "--model", "vicuna-7b"), 200, least=90),
+    Job("llama3-8b", ("step", "--model", "llama3-8b"), 100),
+    Job("stage 1", ("step", "--model", "vicuna-7b", "--stage", "1"), 100),
+    Job("qwen2-7b", ("step", "--model", "qwen2-7b"), 100),
+    Job("siglip-384", ("step", "--model", "vicuna-7b", "--tower", "siglip-384"), 100),
+    Job("mistral-7b", ("step", "--model", "mistral-7b"), 100),
+)
+
+
+def add_arguments(parser) -> None:
+    """Options of `benchmark.py gpu-all`."""
+    parser.add_argument("--limit", type=float, default=570, help="seconds for everything")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--jobs", nargs="+", choices=[job.name for job in JOBS], default=[job.name for job in JOBS])
+    parser.add_argument("--options", default="", help="for every job, as one string: '--steps 2 --shortened 8'")
+    parser.add_argument("--out", type=Path, default=Path("cards"), help="for cards and traces; traces are large")
+
+
+def run(args) -> None:
+    """Runs the jobs one after the other and says how each ended."""
+    deadline, ended = time.monotonic() + args.limit, []
+    for job in (job for job in JOBS if job.name in args.jobs):
+        left = deadline - time.monotonic()
+        if left < min(job.least, args.limit):
+            ended.append((job.name, "not begun: no time left", 0.0))
+            continue
+        begin = time.monotonic()
+        print(f"== {job.name}", flush=True)
+        status = run_job(job, args, min(job.most, left))
+        ended.append((job.name, status, time.monotonic() - begin))
+    print(table(("job", "ended", "seconds"), ((name, how, f"{s:.0f}") for name, how, s in ended)), flush=True)
+    card = f"gpu-all-{args.device}"
+    write_card(card, {name: {"ended": how, "seconds": seconds} for name, how, seconds in ended}, args.out)
+
+
+def command_of(job: Job, args) -> list[str]:
+    """The job's command line."""
+    arguments = [argument.format(out=args.out) for argument in job.arguments]
+    own = ["--device", args.device, "--out", str(args.out), *args.options.split()]
+    return [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments, *own]
+
+
+def run_job(job: Job, args, seconds: float) -> str:
+    """How a job ended: `done`, its exit status, or that it was stopped. Its whole process group ends with it."""
+    process = subprocess.Popen(command_of(job, args), start_new_session=True)
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"stopped after {seconds:.0f} s"
+    return "done" if status == 0 else f"exit status {status}"

@@ -1,0 +1,262 @@
+"""The benchmarks measure what they say: levers change no result, data sets are what is stated, figures add up."""
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from benchmarking import ablate, cards, datasets, gpu_all, loader, training
+from benchmarking.projection import Node, communication_bytes, project
+from benchmarking.samples import STAGES, profile_sizes
+from benchmarking.serving import Serving
+from benchmarking.streaming import Pass, take
+from tiny import pack_tiny, random_samples, tiny_config
+
+from llava_next.data.index import read_dataset
+from llava_next.data.shards import read_sample
+from llava_next.data.storage import Storage
+from llava_next.model import head, modeling
+from llava_next.model.attention import attention_names
+from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.activations import Compute
+from llava_next.training.budget import Layout, Unit, estimate
+from llava_next.training.optim import Rates, freeze
+from llava_next.training.parallel import compile_layers
+from llava_next.training.profile import StepProfiler
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def one_source(seed: int, count: int) -> list:
+    """Random samples, all of source 0."""
+    return [(replace(example, source=0), sizes) for example, sizes in random_samples(seed, count)]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Six samples in two micro-batches, and a tiny model with a trainable tower."""
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(tiny_config()).train()
+    model.set_attn_implementation(attention_names("sdpa"))
+    freeze(model, Rates())
+    samples = one_source(0, 6)
+    found = ablate.Bench(SimpleNamespace(device=CPU), model, samples, [], padded_batch=3)
+    examples = [example for example, _ in samples]
+    found.micros = [pack_tiny(part).weighted(found.weights) for part in (examples[:4], examples[4:])]
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in ablate.SWITCHES if name not in ablate.GPU_ONLY])
+def test_lever_moves_neither_loss_nor_gradients(bench, name, monkeypatch):
+    """Loss to 1e-6, every gradient to 1e-5."""
+    if name == "chunked_loss":
+        monkeypatch.setattr(head, "CHUNK", 4)
+    with_it = ablate.measure(bench.model, bench.micros, CPU, 1)
+    with ablate.SWITCHES[name][1](bench) as micros:
+        without = ablate.measure(bench.model, micros, CPU, 1)
+    assert without.loss == pytest.approx(with_it.loss, rel=1e-6)
+    assert without.distance(with_it) < 1e-5
+    assert len(with_it.gradients) == sum(p.requires_grad for p in bench.model.parameters())
+
+
+def test_levers_really_add_the_work_that_they_are_about(bench, monkeypatch):
+    """Tokens, positions of the head, chunks, layers of the tower, type of the tiles."""
+    examples = [example for example, _ in bench.samples]
+    lengths = [len(example.input_ids) for example in examples]
+    with ablate.padding(bench) as micros:
+        assert [len(b.input_ids) for b in micros] == [3 * max(lengths[:3]), 3 * max(lengths[3:])]
+    with ablate.all_logits(bench) as micros:
+        assert [len(b.target_positions) for b in micros] == [len(b.input_ids) for b in bench.micros]
+    with ablate.one_chunk(bench):
+        assert head.CHUNK > 10**6
+    assert head.CHUNK == 1024
+    calls = []
+    last = bench.model.vision_tower.encoder.layers[-1]
+    monkeypatch.setattr(last, "forward", lambda hidden, **_: calls.append(1) or hidden)
+    ablate.measure(bench.model, bench.micros, CPU, 1)
+    assert not calls
+    with ablate.every_vision_layer(bench) as micros:
+        ablate.measure(bench.model, micros, CPU, 1)
+    assert len(calls) == len(bench.micros)
+    normalise = modeling.normalise
+    with ablate.float_tiles(bench) as micros:
+        assert {b.tiles.dtype for b in micros} == {torch.float32}
+    assert modeling.normalise is normalise
+
+
+def test_distance_sees_a_gradient_that_is_off_by_a_thousandth(bench):
+    outcome = ablate.measure(bench.model, bench.micros, CPU, 1)
+    name = max(outcome.gradients, key=lambda name: outcome.gradients[name].norm())
+    moved = replace(outcome, gradients={**outcome.gradients, name: outcome.gradients[name] * 1.001})
+    assert moved.distance(outcome) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_compiled_layers_give_the_same_gradients_and_compile_no_more_for_other_lengths():
+    """Two micro-batches warm up; four of other lengths after them compile nothing."""
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    plain = LlavaNextForConditionalGeneration(tiny_config()).train()
+    plain.set_attn_implementation(attention_names("sdpa"))
+    freeze(plain, Rates())
+    compiled = LlavaNextForConditionalGeneration(tiny_config()).train()
+    compiled.set_attn_implementation(attention_names("sdpa"))
+    freeze(compiled, Rates())
+    compiled.load_state_dict(plain.state_dict())
+    compile_layers(compiled, backend="aot_eager")
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    counters.clear()
+    graphs = []
+    for seed in range(6):
+        micros = [pack_tiny([example for example, _ in one_source(seed, 2 + seed)])]
+        ours, reference = (ablate.measure(model, micros, CPU, 1) for model in (compiled, plain))
+        assert ours.loss == pytest.approx(reference.loss, rel=1e-5)
+        assert ours.distance(reference) < 1e-4
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 5
+
+
+def test_copies_make_a_large_index_over_one_shard(tmp_path):
+    """40 rows and 4 shard names over the bytes of 10 samples; each row's bytes are the sample it names."""
+    assert datasets.write_shards(tmp_path / "set", datasets.SMALL, 10, 10, copies=4) == 40
+    info, index = read_dataset(tmp_path / "set")
+    assert (info.samples, len(info.shards), info.tiles) == (40, 4, 80)
+    assert len({(tmp_path / "set" / shard.name).stat().st_ino for shard in info.shards}) == 1
+    storage = Storage(tmp_path / "set")
+    for row in (0, 13, 39):
+        where = index.locate(row)
+        data = storage.read_range(info.shards[where.shard].name, where.offset, where.nbytes)
+        assert read_sample(data, where.key).id == str(row % 10)
+
+
+def test_photographs_have_five_tiles_and_text_of_the_stated_length():
+    samples = datasets.raw_samples(datasets.CLIP, 4)
+    assert [1 + image.rows * image.cols for s in samples for image in s.images] == [5] * 4
+    encoder, _ = datasets.build_encoder(datasets.CLIP)
+    rng = np.random.default_rng(0)
+    tokens = [
+        len(
+            encoder.template.encode(datasets.conversation(rng, False), encoder.tokenizer, encoder.image_token_id, [])[0]
+        )
+        for _ in range(200)
+    ]
+    # the system prompt and each turn's frame add some 70 tokens
+    assert datasets.MEAN_TOKENS - 40 < np.mean(tokens) < datasets.MEAN_TOKENS + 120
+
+
+@pytest.mark.parametrize("reader", ["ours", "webdataset"])
+def test_pass_over_http_sees_every_sample_once(tmp_path, reader):
+    datasets.write_shards(tmp_path / "set", datasets.SMALL, 24, 6)
+    names = [f"shard-{number:06d}.tar" for number in range(4)]
+    with Serving("http", tmp_path / "set") as server:
+        what = Pass(reader, server.url, 24, names, small=True, batch_size=4, num_workers=0, server_early=False)
+        found = take(what, timeout=100)
+        assert server.set() == (3 + 24 if reader == "ours" else 4)  # the index and a range a sample; shards
+    assert (found.error, found.seen) == (None, 24)
+    assert found.cpu_ms_per_sample > 0 and found.samples_per_s > 0
+
+
+def test_outcome_of_a_fault_is_told_by_how_the_run_ended():
+    found = {"lost": 5, "altered": 0, "end": "regular"}
+    assert loader.tell(found) == "5 lost silently, went on"
+    assert loader.tell({**found, "lost": 0}) == "0 lost, went on"
+    assert loader.tell({**found, "lost": 0, "altered": 1}) == "0 lost, 1 altered silently, went on"
+    assert loader.tell({**found, "end": "error"}) == "stopped with an error, 5 not delivered"
+    assert loader.tell({**found, "end": "hung"}) == "hung, 5 not delivered"
+
+
+def test_depth_is_the_largest_that_fits():
+    work = training.Work("vicuna-7b", "clip-336", "small", 2, 4096, 16, 4)
+    sizes = {}
+    for depth in (2, 3):
+        config = work.config(depth)
+        counts = training.empty_units(config, work.rates)
+        layout = Layout(shard=1, compute=Compute())
+        sizes[depth] = estimate(config, counts, work.rates, "full", layout, 4096, 16).total
+    between = (sizes[2] + sizes[3]) / 2 / training.SPARE
+    assert training.pick(work, between, "full") == (2, "full")
+    assert training.pick(work, 10 * between)[0] == 4
+    with pytest.raises(ValueError, match="single layer"):
+        training.pick(work, 1e6, "full")
+
+
+def test_projection_by_hand():
+    """8 B weights of which 7 B train, 8 GPUs, 350 GB/s: 7/8 x (4 x 8 + 4 x 7) GB = 52.5 GB, 0.15 s a micro-batch."""
+    node = Node(gpus=8, bandwidth=350e9, balance=0.5)
+    assert communication_bytes(Unit(int(7e9), int(1e9)), node) == pytest.approx(52.5e9)
+    found = project(1.0, 0.08, 4, Unit(int(7e9), int(1e9)), node)
+    assert found["communication_s"] == pytest.approx(0.6)
+    assert found["step_s_all_hidden"] == pytest.approx(2.0 + 0.01)
+    assert found["step_s_none_hidden"] == pytest.approx(2.6 + 0.01)
+
+
+def test_profile_sizes_follow_the_stage():
+    second, first = profile_sizes(2000, 0), profile_sizes(2000, 0, stage=1)
+    assert 0.03 < np.mean([size is None for _, size in second]) < 0.12
+    assert all(size for _, size in first)
+    assert 18 < np.mean([text for text, _ in first]) < 23
+    assert STAGES[1].batch_size == 256 and STAGES[2].rates == Rates()
+
+
+def test_cards_compare_number_by_number():
+    first = {"figures": {"a": 2.0, "b": {"c": 4, "name": "x"}, "list": [1, 3], "zero": 0, "gone": 1, "flag": True}}
+    second = {"figures": {"a": 3.0, "b": {"c": 1}, "list": [2, 3], "zero": 5, "flag": True}}
+    rows = cards.compare(first, second)
+    assert rows == [("a", 2.0, 3.0, 1.5), ("b.c", 4.0, 1.0, 0.25), ("list.0", 1.0, 2.0, 2.0), ("list.1", 3.0, 3.0, 1.0)]
+    assert cards.rounded({"x": 123456.789, "y": [float("nan"), 2]}) == {"x": 123500.0, "y": [None, 2]}
+
+
+def test_all_of_a_gpu_ends_in_time_and_says_what_it_left_out(tmp_path, monkeypatch, capfd):
+    jobs = [gpu_all.Job(name, (name,), most, least=0.1) for name, most in (("true", 5), ("false", 5), ("sleep", 0.3))]
+    monkeypatch.setattr(gpu_all, "JOBS", (*jobs, gpu_all.Job("late", ("true",), 5, least=100)))
+    monkeypatch.setattr(gpu_all, "command_of", lambda job, args: [*job.arguments, *(["60"] * (job.name == "sleep"))])
+    names = [job.name for job in gpu_all.JOBS]
+    gpu_all.run(argparse.Namespace(limit=50.0, device="cpu", jobs=names, options="", out=tmp_path))
+    ended = json.loads((tmp_path / "gpu-all-cpu.json").read_text())["figures"]
+    assert [ended[name]["ended"] for name in names] == [
+        *("done", "exit status 1", "stopped after 0 s", "not begun: no time left")
+    ]
+
+
+def test_profiler_traces_the_chosen_step_and_no_other(tmp_path):
+    profiler = StepProfiler([2], tmp_path, CPU)
+    for step in (1, 2, 3):
+        with profiler.step(step):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == ["step-2.json.gz", "step-2.txt"]
+    events = json.loads(gzip.decompress((tmp_path / "profile" / "step-2.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event.get("name") == "aten::mm" for event in events) == 1
+    with StepProfiler([1], tmp_path / "other", CPU, is_main_process=False).step(1):
+        pass
+    assert not (tmp_path / "other").exists()
+
+
+def test_step_runs_the_trainer_and_its_parts_add_up(tmp_path):
+    """The command itself on a CPU: card, parts, stock comparison, trace."""
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "benchmark.py"), "step", "--device", "cpu", "--samples", "1"),
+        *("--shortened", "20", "--warmup", "1", "--steps", "1", "--padded_batch", "1"),
+        *("--out", str(tmp_path), "--profile", str(tmp_path / "traces")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = json.loads((tmp_path / "step-vicuna-7b-clip-336-tiny-cpu.json").read_text())
+    figures = card["figures"]
+    parts = figures["seconds_by_part"]
+    assert sum(parts.values()) == pytest.approx(figures["step_s"], rel=1e-3)
+    assert min(parts[name] for name in ("vision_forward", "llm_forward", "head_forward", "backward", "optimizer")) > 0
+    assert figures["samples_per_s"] == pytest.approx(1 / figures["step_s"], rel=1e-3)
+    assert figures["layers"] == [2, 2] and figures["mfu"] is None and "projection" not in figures
+    assert len(figures["losses"]) == 1 and 0 < figures["losses"][0] < 20
+    stock = figures["against_stock"]["loss"]
+    assert stock["packed"] == pytest.approx(stock["padded"], rel=1e-4)
+    assert (tmp_path / "traces" / "profile" / "step-3.json.gz").stat().st_size > 1000
+    assert card["command"].startswith("python scripts/benchmark.py step") and card["versions"]["torch"]
