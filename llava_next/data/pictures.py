@@ -9,7 +9,7 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from llava_next.data.tar import BadSample
 
@@ -44,7 +44,13 @@ def open_picture(file: Path | bytes, *, load: bool = True) -> Image.Image:
     except BadSample:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, bomb errors and others
-        raise BadSample(f"image cannot be read: {type(error).__name__}: {error}") from error
+        raise BadSample(f"image cannot be read: {decoding_error(error)}") from error
+
+
+def decoding_error(error: Exception) -> str:
+    """What a decoder said, without the memory address that Pillow puts into its message for unknown formats."""
+    text = "not a picture of a known format" if isinstance(error, UnidentifiedImageError) else error
+    return f"{type(error).__name__}: {text}"
 
 
 def check_scans(image: Image.Image, data: bytes) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava_next.anyres import MAX_SIDE
 from llava_next.data.dataset import MAX_TILES
-from llava_next.data.pictures import RAW_KINDS, check_scans, open_picture, parse_foreign
+from llava_next.data.pictures import RAW_KINDS, check_scans, decoding_error, open_picture, parse_foreign
 from llava_next.data.tar import BadSample, tar_members
 
 CODECS = ("auto", "jpeg", "webp")
@@ -149,7 +149,7 @@ def decode_strip(data: bytes, tile_size: int) -> np.ndarray:
     except BadSample:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, its own bomb error, ...
-        raise BadSample(f"strip does not decode ({type(error).__name__}: {error})") from error
+        raise BadSample(f"strip does not decode ({decoding_error(error)})") from error
     return rearrange(pixels, "(n y) x rgb -> n y x rgb", y=tile_size)
 
 
