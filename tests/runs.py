@@ -1,11 +1,39 @@
-"""What a run folder says of a run."""
+"""Runs of the demo, launched as users launch them, and what a run folder says of a run."""
 
 import json
 from pathlib import Path
 
+from launching import ROOT, launch
+
+
+def run_demo(demo: Path, folder: Path, *options, processes: int = 1, check: bool = True):
+    """A launched run of scripts/finetune.py: one epoch of the demo (see demo.py) by the quickstart's recipe.
+
+    Returns:
+        the finished process, and the lines of metrics.jsonl.
+    """
+    arguments = {
+        "--config": ROOT / "scripts/recipes/digits/finetune.yaml",
+        "--run_dir": folder,
+        "--model": demo / "base",
+        "--data.sources": demo / "shards",
+        "--data.num_workers": 0,
+        "--data.max_length": 300,
+        "--data.epochs": 1,
+        "--log_every": 1,
+    }
+    given = [x for pair in arguments.items() for x in pair]
+    done = launch("scripts/finetune.py", *given, *options, processes=processes, check=check)
+    return done, read_lines(folder / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A log's lines; none when there is no log."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
 
 def losses(folder: Path) -> list[float]:
     """Of steps 1, 2, ..., each of which stands in the log once."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = read_lines(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     return [record["loss"] for record in records]

@@ -164,11 +164,22 @@ def test_pass_over_http_sees_every_sample_once(tmp_path, reader):
     assert found.cpu_ms_per_sample > 0 and found.samples_per_s > 0
 
 
+def test_pass_that_hangs_is_ended_with_its_workers(tmp_path):
+    datasets.write_shards(tmp_path / "set", datasets.SMALL, 4, 2)
+    with Serving("http", tmp_path / "set") as server:
+        server.set(script=["stall"] * 9, stall_seconds=1e5)
+        url = server.url
+        found = take(Pass("webdataset", url, 4, ["shard-000000.tar", "shard-000001.tar"], num_workers=1), timeout=6)
+    assert (found.error, found.seen) == ("hung", 0)
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in commands if url.encode() in command]
+
+
 def test_outcome_of_a_fault_is_told_by_how_the_run_ended():
     found = {"lost": 5, "altered": 0, "end": "regular"}
-    assert loader.tell(found) == "5 lost silently, went on"
+    assert loader.tell(found) == "5 lost, went on"
     assert loader.tell({**found, "lost": 0}) == "0 lost, went on"
-    assert loader.tell({**found, "lost": 0, "altered": 1}) == "0 lost, 1 altered silently, went on"
+    assert loader.tell({**found, "lost": 0, "altered": 1}) == "0 lost, 1 altered, went on"
     assert loader.tell({**found, "end": "error"}) == "stopped with an error, 5 not delivered"
     assert loader.tell({**found, "end": "hung"}) == "hung, 5 not delivered"
 

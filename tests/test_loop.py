@@ -1,7 +1,6 @@
 """The loop: the original's arithmetic step by step, nothing that depends on the ranks, and what can go wrong."""
 
 import copy
-import json
 import math
 import multiprocessing
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from demo import build_demo
 from faults import FaultServer
-from launching import ROOT, launch
+from runs import read_lines, run_demo
 from tiny import pixel_batch
 from torch.distributed.fsdp import fully_shard
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
@@ -38,27 +37,6 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     build_demo(folder, SAMPLES)
     return folder
-
-
-def run(demo, folder, *options, processes=1, check=True):
-    """A launched run of scripts/finetune.py on the demo; the finished process and its metrics."""
-    arguments = {
-        "--config": ROOT / "scripts/recipes/digits/finetune.yaml",
-        "--run_dir": folder,
-        "--model": demo / "base",
-        "--data.sources": demo / "shards",
-        "--data.num_workers": 0,
-        "--data.max_length": MAX_LENGTH,
-        "--data.epochs": 1,
-        "--log_every": 1,
-    }
-    given = [str(x) for pair in arguments.items() for x in pair]
-    done = launch("scripts/finetune.py", *given, *options, processes=processes, check=check)
-    return done, read_lines(folder / "metrics.jsonl")
-
-
-def read_lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def reference_losses(demo, batch_size: int, rates: Rates, betas) -> list[float]:
@@ -109,7 +87,7 @@ def test_micro_batch_mean_without_clipping_is_the_originals_training_step_by_ste
         "--optim.max_grad_norm",
         "null",
     ]
-    _, metrics = run(demo, tmp_path / "run", *options, "--data.validation", str(demo / "shards"))
+    _, metrics = run_demo(demo, tmp_path / "run", *options, "--data.validation", str(demo / "shards"))
     expected = reference_losses(demo, 32, Rates(**rates), (0.9, 0.98))
     assert len(metrics) == len(expected) == 7
     assert [m["loss"] for m in metrics] == pytest.approx(expected, rel=1e-5)
@@ -122,7 +100,7 @@ def test_fifty_steps_do_not_depend_on_ranks_or_token_budget(demo, tmp_path):
     """1 rank with 300 tokens a micro-batch, 2 and 4 ranks with 900: losses to 1e-5, counts and samples equal."""
     options = ["--data.batch_size", "8", "--data.epochs", "2", "--checkpoint.every", "0"]
     runs = [
-        run(demo, tmp_path / f"run{world}", *options, "--data.token_budget", str(budget), processes=world)[1]
+        run_demo(demo, tmp_path / f"run{world}", *options, "--data.token_budget", str(budget), processes=world)[1]
         for world, budget in ((1, 300), (2, 900), (4, 900))
     ]
     assert all([m["step"] for m in metrics] == list(range(1, 51)) for metrics in runs)
@@ -176,7 +154,7 @@ def test_run_whose_losses_are_not_finite_skips_then_stops_with_the_last_good_sta
     """The first update of rate 1e38 ruins the weights; three updates are skipped on both ranks, and the run tells."""
     options = ["--data.batch_size", "16", "--optim.max_skipped_steps", "3", "--optim.warmup_ratio", "0"]
     options += ["--optim.rates.llm", "1e38", "--checkpoint.every", "0"]
-    done, metrics = run(demo, tmp_path / "run", *options, processes=2, check=False)
+    done, metrics = run_demo(demo, tmp_path / "run", *options, processes=2, check=False)
     assert done.returncode != 0
     assert "3 updates in a row were skipped" in done.stderr and "not finite, the update is skipped" in done.stdout
     skipped = [m for m in metrics if "skipped_update" in m]
@@ -189,11 +167,13 @@ def test_run_over_a_failing_network_counts_retries_and_lasting_faults_end_all_ra
     options = ["--data.batch_size", "16", "--data.num_workers", "1", "--checkpoint.every", "0"]
     with FaultServer(demo / "shards") as server:
         server.share = 0.05
-        _, metrics = run(demo, tmp_path / "run", *options, "--data.sources", server.url, processes=2)
+        _, metrics = run_demo(demo, tmp_path / "run", *options, "--data.sources", server.url, processes=2)
         assert sum(m["retries"] for m in metrics) > 0 and sum(m["samples"] for m in metrics) == SAMPLES
         assert sum(m["bytes"] for m in metrics) > 100_000 and "samples_per_s" in metrics[-1]
         server.share, server.script = 0.0, [None] * 60 + ["403"]
-        done, metrics = run(demo, tmp_path / "other", *options, "--data.sources", server.url, processes=2, check=False)
+        done, metrics = run_demo(
+            demo, tmp_path / "other", *options, "--data.sources", server.url, processes=2, check=False
+        )
     assert done.returncode != 0 and len(metrics) < 13
     assert "no permission" in done.stderr and f"{server.url}/shard-000" in done.stderr and ", bytes " in done.stderr
 

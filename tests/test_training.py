@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from demo import build_demo, compose_demo
-from launching import ROOT, launch
+from runs import run_demo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_next.model.export import save_model
@@ -34,26 +34,8 @@ def demo(tmp_path_factory):
 
 
 def run_stage(demo, run, *options, processes=2, check=True):
-    """One launched run of scripts/finetune.py on the demo data; returns the process and its metrics."""
-    arguments = [
-        *("--config", ROOT / "scripts/recipes/digits/finetune.yaml", "--run_dir", run),
-        *("--model", demo / "base", "--data.sources", demo / "shards"),
-        *(
-            "--data.batch_size",
-            BATCH,
-            "--data.num_workers",
-            0,
-            "--data.max_length",
-            300,
-            "--log_every",
-            1,
-            "--data.epochs",
-            1,
-        ),
-    ]
-    done = launch("scripts/finetune.py", *arguments, *options, processes=processes, check=check)
-    path = run / "metrics.jsonl"
-    return done, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """A launched run in steps of `BATCH` samples; the finished process and its metrics."""
+    return run_demo(demo, run, "--data.batch_size", BATCH, *options, processes=processes, check=check)
 
 
 @pytest.fixture(scope="module")

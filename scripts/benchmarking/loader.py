@@ -310,10 +310,10 @@ def one_fault(server: Serving, folder: Path, what: Pass, fault: str, before: int
 
 
 def tell(found: dict) -> str:
-    """One outcome of `one_fault` in words: what is missing at a regular end was lost and nobody was told."""
+    """One outcome of `one_fault` in words: what is missing at a regular end is lost, a run that stopped can go on."""
     missing, altered = found["lost"], f", {found['altered']} altered" if found["altered"] else ""
     if found["end"] == "regular":
-        return f"{missing} lost{altered}{' silently' if missing or altered else ''}, went on"
+        return f"{missing} lost{altered}, went on"
     return f"{'hung' if found['end'] == 'hung' else 'stopped with an error'}{altered}, {missing} not delivered"
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,7 @@ def take(what: Pass, environment: dict[str, str] | None = None, timeout: float =
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **(environment or {})},
             stdout=out,
             stderr=log,
+            start_new_session=True,
         )
         try:
             process.wait(timeout)
@@ -115,13 +117,9 @@ def take(what: Pass, environment: dict[str, str] | None = None, timeout: float =
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process and what it started, by their ids."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for child in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+    """Ends a pass and the workers that it leaves behind, by their process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
