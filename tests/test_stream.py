@@ -146,6 +146,14 @@ def test_requests_that_fail_in_passing_lose_and_repeat_nothing_and_are_counted(d
     assert total([out], "requests") >= 2 * SAMPLES + total([out], "retries")
 
 
+def test_bit_that_flips_on_the_way_is_read_again_and_never_cached(demo, clean, tmp_path):
+    with FaultServer(demo[0]) as server:
+        server.script = [None] * 30 + ["flip"]
+        read_rank(server.url, demo[1], tmp_path / "rank0", cache=Cache(tmp_path / "cache", 100_000_000))
+    assert digest(merged([tmp_path / "rank0"])) == digest(clean)
+    assert total([tmp_path / "rank0"], "retries") == 1 and total([tmp_path / "rank0"], "cache_hits") > SAMPLES / 2
+
+
 def test_cache_serves_the_second_epoch(demo, clean, tmp_path):
     with FaultServer(demo[0]) as server:
         read_rank(server.url, demo[1], tmp_path / "rank0", cache=Cache(tmp_path / "cache", 100_000_000))

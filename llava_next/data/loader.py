@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +32,7 @@ from llava_next.data.encode import Encoder
 from llava_next.data.mixture import Mixture, Request, SampleRef
 from llava_next.data.shards import BadSample, read_sample
 from llava_next.data.stall import StallDump
-from llava_next.data.storage import IOStats, Storage, StorageError
+from llava_next.data.storage import IOStats, Storage
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,7 @@ class MicroBatches(Dataset):
 
     def _read(self, ref: SampleRef) -> bytes:
         storage, where = self.storages[ref.source], ref.location
-        data = storage.read_range(ref.shard, where.offset, where.nbytes, size=ref.shard_bytes)
-        if zlib.crc32(data) != where.crc32:
-            raise StorageError(
-                f"{storage.address(ref.shard)}, bytes {where.offset} to {where.offset + where.nbytes} (sample "
-                f"{where.key}): checksum differs from the index. The shard was changed or damaged; copy it again, or "
-                "rebuild the data set."
-            )
-        return data
+        return storage.read_range(ref.shard, where.offset, where.nbytes, ref.shard_bytes, where.crc32)
 
     def _encode(self, ref: SampleRef, data: bytes) -> Example:
         return self.encoder.encode(read_sample(data, ref.location.key), ref.sample_id, ref.slot, ref.source)

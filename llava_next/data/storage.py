@@ -14,6 +14,7 @@ import re
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -145,18 +146,21 @@ class Storage:
         self._count(bytes=len(data))
         return data
 
-    def read_range(self, name: str, start: int, length: int, size: int | None = None) -> bytes:
+    def read_range(
+        self, name: str, start: int, length: int, size: int | None = None, crc32: int | None = None
+    ) -> bytes:
         """Bytes [start, start + length) of the object `name`.
 
         Args:
             name: of the object.
             start, length: in bytes.
             size: of the whole object in bytes, as the index knows it.
+            crc32: of the range, as the index knows it.
 
         Raises:
             MissingObjectError: there is no such object.
             StorageError: the read failed, also after retries; the object is not `size` long, ends before the range, or
-                is not the one that this Storage read from before.
+                is not the one that this Storage read from before; the bytes have another checksum, read twice.
         """
         if start < 0 or length < 0:
             raise ValueError(f"a range cannot start at {start} and be {length} bytes long.")
@@ -167,6 +171,15 @@ class Storage:
             data = self._cached(where, name, start, length, size)
             if data is None:
                 data = self._answer(where, lambda opened: self._range(opened, name, start, length, size))
+                if crc32 not in (None, zlib.crc32(data)):
+                    # Once more: a bit that flipped on the way is not one that flipped in the shard.
+                    self._count(retries=1)
+                    data = self._answer(where, lambda opened: self._range(opened, name, start, length, size))
+                    if zlib.crc32(data) != crc32:
+                        raise StorageError(
+                            f"{where}: checksum differs from the index, read twice. The shard was changed or damaged; "
+                            "copy it again, or rebuild the data set."
+                        )
                 if self.cache is not None:
                     self.cache.put(self._key(name), self._versions[name].tag, start, data)
         self._count(bytes=length)

@@ -7,9 +7,11 @@ comes back from the device one step later, so that the host never waits for the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -94,6 +96,7 @@ class Trainer:
         self.feed, self.mixture, self.journal, self.validation = feed, mixture, journal, validation
         self.checkpoints = checkpoints
         self.pending: tuple[dict, torch.Tensor, list] | None = None  # of the last step, until it is settled
+        self._step_begin = self._beside = 0.0
         self.last_step = min(mixture.total_steps, config.max_steps or mixture.total_steps)
         self.counters = {**dict.fromkeys(COUNTERS, 0), "by_source": {}, **(counters or {})}
         self.run_dir, self.step = Path(config.run_dir), start_step
@@ -135,7 +138,10 @@ class Trainer:
 
     def _step(self) -> tuple[tuple[dict, torch.Tensor, list], StepCounts]:
         """One optimizer step. Returns what `_settle` takes when the device has finished it, and the agreed counts."""
-        begin = time.monotonic()
+        # A step takes until the next one begins: the host, which only queues it, may be ahead of the device.
+        if self.pending:
+            self.pending[0]["step_s"] = self._elapsed()
+        self._step_begin, self._beside = time.monotonic(), 0.0
         ready = self.feed.ready
         micros, counts = self._next_micros()
         weights = slot_weights(counts.supervised, self.config.optim.loss_weighting)
@@ -169,7 +175,6 @@ class Trainer:
             "rates": rates,
             "data_wait_s": counts.data_wait_s,
             "checkpoint_s": self.checkpoints.take_stalled(),  # before this step
-            "step_s": time.monotonic() - begin,
             "source_share": self.journal.shares(self.step - 1, self.counters["by_source"]),
         }
         return (record, torch.cat([torch.stack([grad_norm, skipped]).to(sums), sums]), self.timer.take()), counts
@@ -220,6 +225,7 @@ class Trainer:
             return
         (record, sums, marks), self.pending = self.pending, None
         grad_norm, skipped, loss, *by_source = sums.tolist()
+        record.setdefault("step_s", self._elapsed())  # when no other step has begun
         names = self.mixture.names
         losses, tokens = by_source[: len(names)], by_source[len(names) :]
         record |= {
@@ -245,6 +251,16 @@ class Trainer:
                 "lower the rates, or look at the data"
             )
 
+    def _elapsed(self) -> float:
+        """Seconds since the present step began, without what the loop did beside it."""
+        return time.monotonic() - self._step_begin - self._beside
+
+    @contextlib.contextmanager
+    def _beside_the_step(self) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self._beside += time.monotonic() - begin
+
     def _after_step(self, counts: StepCounts) -> None:
         for name in ("samples", "tokens", "holes", "truncated"):
             self.counters[name] += counts.counts[name]
@@ -261,12 +277,16 @@ class Trainer:
             )
         last = self.step == self.last_step
         if self.validation and (self._is_due(self.config.data.validation_every) or last):
-            losses = self.validation.loss(self.model, self.accelerator)
+            self._settle()
+            with self._beside_the_step():
+                losses = self.validation.loss(self.model, self.accelerator)
             self.journal.validated(self.step, losses)
         if self._is_due(self.config.checkpoint.every) or last:
             self._save()  # after all that the logs say of this step: it will not be done again
         if self._is_due(self.config.checkpoint.export_every) and not last:
-            self._export()
+            self._settle()
+            with self._beside_the_step():
+                self._export()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -276,7 +296,8 @@ class Trainer:
         if self.checkpoints.saved_step != self.step:
             epoch = self.mixture.epoch(self.step - 1)
             state = {**self.mixture.state(), "epoch": epoch, "step": self.step, "counters": self.counters}
-            self.checkpoints.save(self.step, state)
+            with self._beside_the_step():
+                self.checkpoints.save(self.step, state)
 
     def _export(self) -> None:
         """Writes the model as it is now to `model-step-N/`, in the layout of the final `model/`."""
