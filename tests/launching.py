@@ -1,27 +1,70 @@
 """Starts worker scripts the way users start a run: `accelerate launch` with FSDP2, real processes, gloo."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.other import get_free_port
 
 ROOT = Path(__file__).parent.parent
 
 
 def launch(
     script: str | Path, *args, processes: int = 2, timeout: int = 180, check: bool = True, config: str | None = None
-):
-    """Runs `accelerate launch script args` with `processes` CPU processes; returns the finished process.
+) -> subprocess.CompletedProcess:
+    """Runs a script on `processes` CPU processes as `accelerate launch` would; returns their joint outcome.
+
+    The command line is read and the ranks' environment made by Accelerate's own functions, in this process: its
+    launcher spends most of its time with imports. `command_and_environment` is for tests of the launcher itself.
 
     Args:
         script: path below the repository.
         config: accelerate configuration; default: the one that ships for two CPU processes.
     """
     command, environment = command_and_environment(script, *args, processes=processes, config=config)
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    options, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
+    port = str(get_free_port())
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= prepare_multi_gpu_env(options) | shared
+    with contextlib.ExitStack() as stack:
+        outs, errs = ([stack.enter_context(TemporaryFile("w+")) for _ in range(processes)] for _ in range(2))
+        ranks = []
+        for rank in range(processes):
+            variables = {k: str(v) for k, v in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            started = [sys.executable, "-u", *command[command.index(str(ROOT / script)) :]]
+            ranks.append(subprocess.Popen(started, env=variables, cwd=ROOT, stdout=outs[rank], stderr=errs[rank]))
+        code = _wait(ranks, timeout)
+        for file in (*outs, *errs):
+            file.seek(0)
+        said = ["".join(file.read() for file in files) for files in (outs, errs)]
+    done = subprocess.CompletedProcess(command, code, *said)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def _wait(ranks: list[subprocess.Popen], timeout: float) -> int:
+    """0 when all ranks end with it; else the first other status, and ranks that do not end by themselves are killed."""
+    deadline = time.monotonic() + timeout
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            failed = any(rank.poll() not in (None, 0) for rank in ranks)
+            if failed:
+                deadline = min(deadline, time.monotonic() + 30)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return next((rank.returncode for rank in ranks if rank.returncode), 0)
 
 
 def command_and_environment(

@@ -63,8 +63,8 @@ def test_loss_and_gradients_equal_stock_on_any_number_of_ranks(reference, tmp_pa
 
 @pytest.mark.parametrize(
     ("processes", "frozen", "tied"),
-    [(1, (), True), (2, ("vision",), False), (2, (), True), (4, (), False)],
-    ids=["1_rank_tied", "2_ranks_frozen_tower", "2_ranks_tied", "4_ranks"],
+    [(1, ("vision",), False), (2, (), True), (4, (), False)],
+    ids=["1_rank_frozen_tower", "2_ranks_tied", "4_ranks"],
 )
 def test_siglip_with_qwen2_equals_stock_on_any_number_of_ranks(siglip_qwen2, tmp_path, processes, frozen, tied):
     result = assert_equal_to_stock(siglip_qwen2[tied], tmp_path, processes, frozen)
@@ -144,9 +144,8 @@ RESHARDED = {"reshard_after_forward": True, "activation_checkpointing": True}
             3,
             5,
         ),
-        ({"auto_wrap_policy": "NO_WRAP"}, (), 3, 5, 0),
     ],
-    ids=["resharded_checkpointed", "one_layer_class_selective", "no_wrap"],
+    ids=["resharded_checkpointed", "one_layer_class_selective"],
 )
 def test_editing_the_launch_file_has_effect_and_changes_no_result(
     reference, tmp_path, keys, options, units, gathered, checkpointed
