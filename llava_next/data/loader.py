@@ -7,7 +7,6 @@ reads begin at once and wait for the network while the present samples are decod
 
 from __future__ import annotations
 
-import gc
 import itertools
 import multiprocessing.forkserver
 import multiprocessing.util
@@ -202,7 +201,6 @@ class _WorkerInit:
         # Ctrl-C and a scheduler's SIGTERM reach all processes of the job; the rank finishes its step and saves first.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        gc.freeze()  # what came with the fork is not looked at again, so its pages stay shared between workers
         tempfile.tempdir = self.rank_folder or tempfile.tempdir  # the worker's own sockets go with it
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
