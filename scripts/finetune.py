@@ -18,13 +18,13 @@ import yaml
 from llava_next.data.loader import start_worker_server
 from llava_next.data.storage import StorageError
 from llava_next.model.export import save_model
-from llava_next.training.agreement import RanksDisagree, same_on_all_ranks
+from llava_next.training.agreement import RanksDisagree, RunStopped, same_on_all_ranks
 from llava_next.training.banner import plan_banner
 from llava_next.training.checkpoint import Checkpoints
 from llava_next.training.config import RunConfig, parse_run, save_run
 from llava_next.training.health import record_communication
 from llava_next.training.launch import check_launch
-from llava_next.training.loop import RunStopped, Trainer
+from llava_next.training.loop import Trainer
 from llava_next.training.parallel import build_accelerator, finish
 from llava_next.training.recovery import CheckpointError, Resume, find_resume, resume_command, run_facts
 from llava_next.training.setup import (

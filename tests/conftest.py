@@ -1,4 +1,4 @@
-"""Test-wide settings: one torch thread (two processes share two cores), no network, no progress bars."""
+"""Test-wide settings: one torch thread (two processes share two cores), no network, no progress bars; shared builds."""
 
 import os
 
@@ -6,6 +6,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
+from builds import make_inputs, run
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """40 samples for build_shards.py; not to be changed."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(inputs, tmp_path_factory):
+    """Their data set; not to be changed."""
+    out = tmp_path_factory.mktemp("built") / "set"
+    result = run(inputs, out)
+    assert result.returncode == 0, result.stderr
+    return out

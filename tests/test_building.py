@@ -10,26 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from builds import TOOL, arguments_for, checksums, make_inputs, run, tool_result
 from faults import S3Server
-from test_build_shards import TOOL, arguments_for, checksums, make_inputs, run, tool_result
 
 from llava_next.data.index import read_dataset
 from llava_next.data.storage import Storage, StorageError
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(inputs, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("built") / "set"
-    result = run(inputs, out)
-    assert result.returncode == 0, result.stderr
-    return out
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -1,19 +1,17 @@
 """The data doctor: its figures are those of the data, it names every planted fault, and its page is inert."""
 
-import contextlib
-import io
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import build_shards
 import inspect_shards as tool
 import numpy as np
 import pytest
+from builds import Result, call
 from checking import Checker, Findings, verify
 from demo import compose_demo
 from faults import FaultServer
@@ -39,21 +37,8 @@ RUN = ["--template", "mistral", "--data.max_length", str(MAX_LENGTH), "--data.to
 RUN += ["--data.batch_size", "8", "--workers", "0"]
 
 
-class Result(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-
 def run(*arguments) -> Result:
-    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            tool.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-            print(end.code, file=stderr)
-    return Result(code, stdout.getvalue(), stderr.getvalue())
+    return call(tool.main, *arguments)
 
 
 def turns(*texts: str) -> list[dict]:
@@ -113,7 +98,7 @@ def embedded(page: Path) -> dict:
 def report(root) -> dict:
     """Of the sound data set, everything read."""
     result = run(root / "good", "--verify", "--html", root / "good.html", "--model", root / "model", *RUN)
-    assert result.code == 0, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return embedded(root / "good.html")
 
 
@@ -259,7 +244,7 @@ def test_verify_names_each_planted_fault(found):
     }
     assert len(report["shards_wrong"]) == 2 and report["verdict"]["level"] == "bad"
     assert report["verdict"]["headline"].startswith("Not fit for training: 2 shards are not as indexed; 1 sample")
-    assert result.code == 1
+    assert result.returncode == 1
     for reason in ("row 1 (key 000000001): its bytes have the crc32", "turn 2 (gpt) is empty", "strip does not decode"):
         assert reason in result.stdout
     assert "widths [60], the sample has [61]" in result.stdout
@@ -325,7 +310,7 @@ def test_step_lists_what_the_loader_delivers(root, encoder, tmp_path):
     mixture = tool.open_data(options).mixture
     for step in range(3):
         result = run(*given, "--step", step)
-        assert result.code == 0, result.stderr
+        assert result.returncode == 0, result.stderr
         listed, place = {}, None
         for line in result.stdout.splitlines():
             if opened := re.match(r"micro-batch (\d+) rank (\d+): (\d+) samples, ([\d,]+) tokens, (\d+) tiles", line):
@@ -341,7 +326,7 @@ def test_step_lists_what_the_loader_delivers(root, encoder, tmp_path):
                     delivered[batch.micro, rank] = (batch.num_tiles, pairs)
         assert listed == delivered and sum(len(pairs) for _, pairs in listed.values()) == 8
     late = run(*given, "--step", 3)
-    assert late.code == 2 and "step 3 is not one of 0 to 2" in late.stderr
+    assert late.returncode == 2 and "step 3 is not one of 0 to 2" in late.stderr
 
 
 def test_step_of_a_run_whose_plan_changed_is_of_what_was_left(root, tmp_path):
@@ -366,7 +351,7 @@ def test_without_a_model_pictures_and_texts_are_shown_as_stored(root):
     with FaultServer(root) as server:  # read over http
         result = run(f"{server.url}/good", "--html", root / "plain.html")
     report = embedded(root / "plain.html")
-    assert result.code == 0 and report["verdict"]["level"] == "good" and not report["with_model"]
+    assert result.returncode == 0 and report["verdict"]["level"] == "good" and not report["with_model"]
     shown = {s["id"]: s for s in report["samples"]}
     assert shown["text1"]["turns"] == [["human", "Über\n日本 1?"], ["gpt", "é!"]]
     assert shown["pair"]["pictures"][1]["width"] == 29 and report["recipe"]["steps"] == 1
@@ -389,12 +374,12 @@ def test_wrong_usage_ends_with_2_and_says_why():
         (("x", "--model", "nowhere"), "no config.json"),
     ):
         result = run(*arguments)
-        assert result.code == 2 and message in result.stderr
+        assert result.returncode == 2 and message in result.stderr
 
 
 def test_what_is_no_data_set_ends_with_1(root, tmp_path):
     for result in (run(tmp_path), run(tmp_path, "--model", root / "model", *RUN)):
-        assert result.code == 1 and "has no dataset.json" in result.stderr
+        assert result.returncode == 1 and "has no dataset.json" in result.stderr
 
 
 def test_samples_are_shown_in_equal_shares_of_the_sources(root):

@@ -13,6 +13,7 @@ from llava_next.data.dataset import read_info
 from llava_next.data.index import read_dataset
 from llava_next.data.lazy_index import LazyIndex
 from llava_next.data.mixture import Mixture
+from llava_next.data.plan import Order
 from llava_next.data.shards import RawSample, StripInfo, encode_strip
 from llava_next.data.storage import Storage
 from llava_next.data.writer import ShardWriter
@@ -144,6 +145,18 @@ def test_every_world_size_and_every_restart_gives_each_step_the_same_samples(fol
     assert sorted(seen) == list(range(start, plan.total_steps))
     for step, by_slot in seen.items():
         assert [by_slot[slot] for slot in range(len(by_slot))] == plan.step_ids(step).tolist()
+
+
+def test_steps_cut_the_order_of_each_epoch_and_the_last_is_smaller(folders):
+    plan = mixture(folders, "c", batch_size=10, epochs=2)  # 25 samples
+    found = [plan.step_ids(step) for step in range(plan.total_steps)]
+    assert [len(ids) for ids in found] == [10, 10, 5, 10, 10, 5]
+    for epoch in range(2):
+        whole = Order(plan.plan_sources, seed=1, epoch=epoch).ids()
+        assert np.array_equal(np.concatenate(found[3 * epoch : 3 * epoch + 3]), whole)
+    for step in (-1, 6):
+        with pytest.raises(ValueError, match=f"step {step} is not one of 0 to 5"):
+            plan.step_ids(step)
 
 
 def test_two_sources_of_one_name_are_refused(folders):

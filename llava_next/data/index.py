@@ -170,6 +170,19 @@ def read_dataset(url: str | os.PathLike | Storage) -> tuple[DatasetInfo, Index]:
     """
     storage = url if isinstance(url, Storage) else Storage(url)
     info, digest = read_info(storage)
+    return info, read_index(storage, info, digest)
+
+
+def read_index(storage: Storage, info: DatasetInfo, digest: str) -> Index:
+    """Read `index.parquet` of a data set.
+
+    Args:
+        info, digest: its `dataset.json` and that file's sha256, as `read_info` gives them.
+
+    Raises:
+        ValueError: not the file that `dataset.json` was written with; names file and cure.
+        StorageError: a read failed.
+    """
     data = storage.read_all(INDEX_FILE)
     if len(data) != info.index_bytes or hashlib.sha256(data).hexdigest() != info.index_sha256:
         raise ValueError(
@@ -183,7 +196,7 @@ def read_dataset(url: str | os.PathLike | Storage) -> tuple[DatasetInfo, Index]:
         index = parse(file, digest)
         _check(info, index)
         pa.default_memory_pool().release_unused()  # Arrow keeps what it freed: 60 MB for a million samples
-    return info, index
+    return index
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 from llava_next.anyres import AnyRes
 from llava_next.data import plan
 from llava_next.data.dataset import DatasetInfo, check_geometry, read_info
-from llava_next.data.index import Index, Location, read_dataset
+from llava_next.data.index import Index, Location, read_index
 from llava_next.data.lazy_index import LazyIndex
 from llava_next.data.legs import Leg, place, rest_of_epoch, split
 from llava_next.data.storage import Storage
@@ -106,14 +106,13 @@ class Mixture:
         self.steps_per_epoch = plan.num_steps(self.samples_per_epoch, batch_size)
         self.exact_lengths, self.num_too_long = self._survey()
         self._order = lru_cache(maxsize=2)(self._order_of)
-        self.sizes = lru_cache(maxsize=2)(self._sizes)
         self._begin([self._leg()])  # sets `total_steps`: each epoch ends with a step of what is left
 
     def _open(self, storage: Storage, name: str, resident_samples: int) -> tuple[DatasetInfo, Index | LazyIndex]:
         info, digest = read_info(storage)
         check_geometry(info, self.anyres, name)
         if info.samples <= resident_samples:
-            return read_dataset(storage)
+            return info, read_index(storage, info, digest)
         if self.shuffle_shards is None:
             raise ValueError(
                 f"{name} has {info.samples:,} samples, too many to shuffle as a whole; set data.shuffle_shards (1,000 "
@@ -210,7 +209,6 @@ class Mixture:
         """Makes the last of `legs` the current one."""
         self.legs, self._rest = legs, rest_of_epoch(legs) if len(legs) > 1 else None
         self._order.cache_clear()
-        self.sizes.cache_clear()
         first = self.steps_per_epoch if self._rest is None else plan.num_steps(len(self._rest), self.batch_size)
         self.total_steps = legs[-1].first_step + first + self.steps_per_epoch * (self.epochs - legs[-1].epoch - 1)
         if self.total_steps <= legs[-1].first_step:
@@ -242,9 +240,6 @@ class Mixture:
 
     def step_sizes(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (at most `max_length`) and tiles of the samples of a step: int64 `[B]` each, in slot order."""
-        return self.sizes(step)
-
-    def _sizes(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.step_ids(step)
         source = self.source_of(ids)
         lengths, tiles = np.zeros_like(ids), np.zeros_like(ids)

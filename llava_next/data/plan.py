@@ -19,7 +19,7 @@ import numpy as np
 
 from llava_next.data.dealing import CostModel, deal
 
-__all__ = ["CostModel", "Order", "Source", "deal", "num_steps", "order", "permutation", "plan_hash", "step_ids"]
+__all__ = ["CostModel", "Order", "Source", "deal", "num_steps", "order", "permutation", "plan_hash"]
 
 # Goes into `plan_hash`: raise it whenever `order` gives another list for the same arguments.
 PLAN_FORMAT = 1
@@ -169,13 +169,6 @@ def num_steps(num_samples: int, batch_size: int) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
     return -(-num_samples // batch_size)
-
-
-def step_ids(ids: np.ndarray, step: int, batch_size: int) -> np.ndarray:
-    """The global ids of step `step` (counted from 0): int64 [B], fewer in the last step of `ids` = `order(...)`."""
-    if not 0 <= step < num_steps(len(ids), batch_size):
-        raise ValueError(f"step {step} is not one of the {num_steps(len(ids), batch_size)} steps of the plan.")
-    return ids[step * batch_size : (step + 1) * batch_size]
 
 
 def plan_hash(

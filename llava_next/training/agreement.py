@@ -8,16 +8,22 @@ to stop, that a rank has no data, and that a rank knows of a checkpoint that fai
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from llava_next.data.batch import PackedBatch
+from llava_next.data.feed import Feed
 
 GROUP = 8  # samples of a group in `micro_batch_mean`: one micro-batch of the original runs
 COUNTS = ("samples", "tokens", "squared_lengths", "tiles", "truncated", "holes")
 IO = ("requests", "retries", "bytes", "cache_hits")
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on; the message says why, and what to do."""
 
 
 class RanksDisagree(ValueError):
@@ -103,6 +109,35 @@ def agree_on_step(
         failed=bool(failures > 0),
         unsaved=bool(lost > 0),
     )
+
+
+def take_step(
+    feed: Feed, step: int, batch_size: int, stop: bool = False, unsaved: bool = False
+) -> tuple[list[PackedBatch], StepCounts]:
+    """This rank's micro-batches of a step, and what all ranks have of it. A collective.
+
+    Args:
+        feed: gives the steps in their order.
+        step: that is due.
+        stop, unsaved: see `agree_on_step`.
+
+    Raises:
+        Exception: what the loader raised, here or (as RunStopped) on another rank.
+    """
+    micros, error, begin = [], None, time.monotonic()
+    try:
+        given, micros = next(feed)
+        if given != step:
+            raise RuntimeError(f"the loader gave step {given} where {step} was due")
+    except Exception as caught:
+        error = caught
+    waited = time.monotonic() - begin
+    counts = agree_on_step(micros, batch_size, stop, error is not None, waited, unsaved)
+    if error is not None:
+        raise error
+    if counts.failed:
+        raise RunStopped("another rank could not load its data; its own message says what and where")
+    return micros, counts
 
 
 def slot_weights(supervised: torch.Tensor, weighting: str) -> torch.Tensor:

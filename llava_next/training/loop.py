@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from llava_next.data.batch import PackedBatch
 from llava_next.data.feed import Feed
 from llava_next.data.mixture import Mixture
 from llava_next.model.export import save_model
-from llava_next.training.agreement import StepCounts, agree_on_step, slot_weights
+from llava_next.training.agreement import RunStopped, StepCounts, slot_weights, take_step
 from llava_next.training.checkpoint import Checkpoints
 from llava_next.training.config import RunConfig
 from llava_next.training.health import GarbageCollection, Heartbeat, NonFinite
@@ -34,10 +33,6 @@ from llava_next.training.timing import StepTimer
 from llava_next.training.validate import Validation
 
 COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "skipped_steps", "retries")
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on; the message says why, and what to do."""
 
 
 class StopSignal:
@@ -97,7 +92,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.pending: tuple[dict, torch.Tensor, list] | None = None  # of the last step, until it is settled
         self._step_begin = self._beside = 0.0
-        self.last_step = min(mixture.total_steps, config.max_steps or mixture.total_steps)
+        self.last_step = journal.progress.total
         self.counters = {**dict.fromkeys(COUNTERS, 0), "by_source": {}, **(counters or {})}
         self.run_dir, self.step = Path(config.run_dir), start_step
         self.stop, self.timer = StopSignal(), StepTimer(accelerator.device)
@@ -143,7 +138,11 @@ class Trainer:
             self.pending[0]["step_s"] = self._elapsed()
         self._step_begin, self._beside = time.monotonic(), 0.0
         ready = self.feed.ready
-        micros, counts = self._next_micros()
+        micros, counts = take_step(
+            self.feed, self.step, self.config.data.batch_size, self.stop.asked, self.checkpoints.failed
+        )
+        if counts.unsaved:
+            self.checkpoints.wait()  # raises, with what happened
         weights = slot_weights(counts.supervised, self.config.optim.loss_weighting)
         multiplier = rate_multiplier(self.step, self.mixture.total_steps, self.config.optim.warmup_ratio)
         rates = set_rates(self.optimizer, multiplier)
@@ -178,32 +177,6 @@ class Trainer:
             "source_share": self.journal.shares(self.step - 1, self.counters["by_source"]),
         }
         return (record, torch.cat([torch.stack([grad_norm, skipped]).to(sums), sums]), self.timer.take()), counts
-
-    def _next_micros(self) -> tuple[list[PackedBatch], StepCounts]:
-        """This rank's micro-batches of the step, and what all ranks have of it.
-
-        Raises:
-            Exception: what the loader raised, here or (as RunStopped) on another rank.
-            CheckpointError: the last checkpoint could not be written.
-        """
-        micros, error, begin = [], None, time.monotonic()
-        try:
-            step, micros = next(self.feed)
-            if step != self.step:
-                raise RuntimeError(f"the loader gave step {step} where {self.step} was due")
-        except Exception as caught:
-            error = caught
-        waited = time.monotonic() - begin
-        counts = agree_on_step(
-            micros, self.config.data.batch_size, self.stop.asked, error is not None, waited, self.checkpoints.failed
-        )
-        if error is not None:
-            raise error
-        if counts.failed:
-            raise RunStopped("another rank could not load its data; its own message says what and where")
-        if counts.unsaved:
-            self.checkpoints.wait()  # raises, with what happened
-        return micros, counts
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips and updates. Returns the gradient norm before clipping, and 1 if the update was skipped, else 0."""

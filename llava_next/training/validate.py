@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from llava_next.training.agreement import agree_on_step
+from llava_next.training.agreement import take_step
 from llava_next.training.config import RunConfig
 from llava_next.training.setup import Parts, open_feed, open_mixture
 
@@ -35,7 +35,7 @@ class Validation:
         """Mean loss of a supervised token in each source, and `all` over all of them. A collective.
 
         Raises:
-            RuntimeError: a rank could not load its data; the others learn it here.
+            Exception: as `take_step`.
         """
         names, device = self.mixture.names, accelerator.device
         sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
@@ -43,16 +43,8 @@ class Validation:
         feed = open_feed(self.config, self.parts, self.mixture, rank, world, start_step=0)
         model.eval()
         try:
-            for _ in range(self.steps):
-                micros, error = [], None
-                try:
-                    micros = next(feed)[1]
-                except Exception as caught:
-                    error = caught
-                failed = agree_on_step(micros, self.config.data.batch_size, stop=False, failed=error is not None).failed
-                if failed:
-                    raise error or RuntimeError("another rank could not load its validation data; see its message")
-                for batch in micros:
+            for step in range(self.steps):
+                for batch in take_step(feed, step, self.config.data.batch_size)[0]:
                     output = model(**batch.model_inputs(device), num_sources=len(names))
                     sums += torch.stack([output.source_loss, output.source_tokens])
         finally:
