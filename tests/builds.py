@@ -15,6 +15,9 @@ import numpy as np
 from PIL import Image
 
 from llava_next.anyres import AnyRes
+from llava_next.data.index import read_dataset
+from llava_next.data.shards import read_sample
+from llava_next.data.storage import Storage
 
 TOOL = Path(tool.__file__)
 
@@ -93,3 +96,14 @@ def write_json(folder: Path, records: list[dict]) -> None:
 
 def checksums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def samples(folder: Path) -> dict:
+    """Every stored sample of a data set, by its id."""
+    info, index = read_dataset(folder)
+    storage, found = Storage(folder), {}
+    for row in range(len(index)):
+        where = index.locate(row)
+        sample = read_sample(storage.read_range(info.shards[where.shard].name, where.offset, where.nbytes), where.key)
+        found[sample.id] = sample
+    return found

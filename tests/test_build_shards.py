@@ -3,28 +3,16 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from builds import GEOMETRY, SMALL, TOOL, checksums, make_inputs, record, run, run_process, turns, write_json
+from builds import GEOMETRY, SMALL, TOOL, checksums, make_inputs, record, run, run_process, samples, turns, write_json
 from PIL import Image
 
 from llava_next.anyres import HF_336, ORIGINAL_336, AnyRes
 from llava_next.data.index import read_dataset
-from llava_next.data.shards import decode_strip, read_sample
-from llava_next.data.storage import Storage
-
-
-def samples(folder: Path) -> dict:
-    info, index = read_dataset(folder)
-    storage, found = Storage(folder), {}
-    for row in range(len(index)):
-        where = index.locate(row)
-        sample = read_sample(storage.read_range(info.shards[where.shard].name, where.offset, where.nbytes), where.key)
-        found[sample.id] = sample
-    return found
+from llava_next.data.shards import decode_strip
 
 
 def test_the_same_bytes_with_any_number_of_workers(inputs, built, tmp_path):

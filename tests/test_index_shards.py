@@ -1,6 +1,5 @@
 """Shards that others wrote, trained on where they lie: strict reading, raw images, and text lengths added later."""
 
-import contextlib
 import io
 import json
 import re
@@ -12,10 +11,10 @@ import index_shards
 import numpy as np
 import pytest
 from adding_lengths import add_lengths
+from builds import GEOMETRY, SMALL, Result, arguments_for, call, make_inputs, tool_result
 from faults import FaultServer
 from PIL import Image
 from real_tokenizers import mistral
-from test_build_shards import GEOMETRY, SMALL, Result, arguments_for, make_inputs, tool_result
 from transformers import AutoTokenizer
 
 from llava_next.data.encode import Encoder
@@ -31,14 +30,7 @@ TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": 
 
 def index(folder, *more) -> Result:
     """Runs the tool's main function."""
-    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            index_shards.main([str(word) for word in (folder, "--workers", 0, *more)])
-        except SystemExit as end:
-            code = 1
-            print(end.code, file=stderr)
-    return Result(code, stdout.getvalue(), stderr.getvalue())
+    return call(index_shards.main, folder, "--workers", 0, *more)
 
 
 def noise(number: int, kind: str = "JPEG") -> bytes:

@@ -11,12 +11,12 @@ import inputs
 import numpy as np
 import pytest
 import webdataset
+from builds import GEOMETRY, samples, tool_result, turns
 from cutting import Cutter
 from embedded import list_hub, list_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_build_shards import GEOMETRY, samples, tool_result, turns
 
 from llava_next.anyres import AnyRes
 from llava_next.data.shards import decode_strip
