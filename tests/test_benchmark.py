@@ -159,7 +159,7 @@ def test_pass_over_http_sees_every_sample_once(tmp_path, reader):
     with Serving("http", tmp_path / "set") as server:
         what = Pass(reader, server.url, 24, names, small=True, batch_size=4, num_workers=0, server_early=False)
         found = take(what, timeout=100)
-        assert server.set() == (3 + 24 if reader == "ours" else 4)  # the index and a range a sample; shards
+        assert server.set() == (2 + 24 if reader == "ours" else 4)  # dataset.json, index, a range a sample; shards
     assert (found.error, found.seen) == (None, 24)
     assert found.cpu_ms_per_sample > 0 and found.samples_per_s > 0
 

@@ -12,7 +12,7 @@ from launching import ROOT, launch
 from safetensors.torch import load_file
 from tiny import geometry, pack_tiny, pairing_config, random_samples, stock_loss, tiny_config, tiny_pair
 
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
 from llava_next.training import launch as launch_file
 from llava_next.training.agreement import slot_weights
 from llava_next.training.optim import module_of
@@ -93,6 +93,27 @@ def assert_equal_to_stock(
     norm = torch.stack([parameters[n].grad.double().norm() for n in trained]).norm()
     assert result["grad_norm"].item() == pytest.approx(norm.item(), rel=TOLERANCE)
     return result
+
+
+def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_path):
+    """bf16 on two CPU ranks: what trains and its gradients are fp32, what is frozen stays bf16; both near fp32's."""
+    folder, loss, parameters = reference
+    gpus, out = ROOT / "accelerate_configs/h100x8_fsdp.yaml", tmp_path / "out.safetensors"
+    launch("tests/workers/gradients.py", folder, out, "vision", config=str(gpus))
+    result = load_file(out)
+    assert result["loss"].dtype == torch.float32 and result["loss"].item() == pytest.approx(loss.item(), rel=2e-3)
+    dtypes = {name: torch.bfloat16 if module_of(name) == "vision" else torch.float32 for name in parameters}
+    dtypes |= {
+        name: torch.bfloat16 for name in unused_parameters(LlavaNextForConditionalGeneration.from_pretrained(folder))
+    }
+    assert {name: result[f"weight/{name}"].dtype for name in parameters} == dtypes
+    assert (result["units"], result["gathered"], result["checkpointed"]) == (8, 0, 5)
+    ours = {k.removeprefix("grad/"): v for k, v in result.items() if k.startswith("grad/")}
+    assert {v.dtype for v in ours.values()} == {torch.float32} and len(ours) >= 5
+    for name, gradient in ours.items():
+        exact = parameters[name].grad
+        assert torch.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0) > 0.999, name
+        assert gradient.norm() / exact.norm() == pytest.approx(1, abs=0.01), name
 
 
 def test_weights_broadcast_from_rank_0_arrive_bit_equal(reference, tmp_path):

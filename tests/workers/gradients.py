@@ -57,7 +57,8 @@ def shape_of(model) -> dict[str, torch.Tensor]:
 def main(folder: str, out: str, frozen: list[str], checkpointing: str) -> None:
     torch.set_num_threads(1)
     accelerator = build_accelerator()
-    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
     freeze(model, rates)
     model, _ = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), checkpointing)
