@@ -27,6 +27,7 @@ from llava_next.training.banner import plan_banner
 from llava_next.training.budget import POLICIES, Layout, choose, estimate, units
 from llava_next.training.config import parse_run
 from llava_next.training.hardware import parse_hardware
+from llava_next.training.metrics import si
 from llava_next.training.optim import Rates, freeze
 from llava_next.training.parallel import apply_checkpointing
 from llava_next.training.setup import load_parts, open_mixture
@@ -261,12 +262,25 @@ def dry_run(dry, monkeypatch):
     return banner
 
 
+def test_amounts_have_three_digits_and_the_prefix_that_fits():
+    told = {
+        84.6e9: "84.6 GB",
+        205e6: "205 MB",
+        999.4e6: "999 MB",
+        999.6e6: "1 GB",
+        1.5e15: "1.5 PB",
+        12: "12 B",
+        0: "0 B",
+    }
+    assert {value: si(value, "B") for value in told} == told
+
+
 def test_dry_run_as_if_on_eight_gpus_without_weights_says_everything(dry_run):
     out = dry_run("--as_if", "8xh100-80g", "--data.tile_budget", "20")
     assert max(map(len, out.splitlines())) <= 100
     for expected in (
         "llama + clip_vision_model, template vicuna_v1",
-        "shards: 2,000 samples x 1, 0.2 GB",
+        "shards: 2,000 samples x 1, 205 MB",
         "estimated from bytes; ",
         "steps      16 of 128 samples, 1 warm-up",
         "parameters at 2e-05",

@@ -103,9 +103,8 @@ def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_
     result = load_file(out)
     assert result["loss"].dtype == torch.float32 and result["loss"].item() == pytest.approx(loss.item(), rel=2e-3)
     dtypes = {name: torch.bfloat16 if module_of(name) == "vision" else torch.float32 for name in parameters}
-    dtypes |= {
-        name: torch.bfloat16 for name in unused_parameters(LlavaNextForConditionalGeneration.from_pretrained(folder))
-    }
+    unused = unused_parameters(LlavaNextForConditionalGeneration.from_pretrained(folder))
+    dtypes |= dict.fromkeys(unused, torch.bfloat16)
     assert {name: result[f"weight/{name}"].dtype for name in parameters} == dtypes
     assert (result["units"], result["gathered"], result["checkpointed"]) == (8, 0, 5)
     ours = {k.removeprefix("grad/"): v for k, v in result.items() if k.startswith("grad/")}

@@ -16,6 +16,7 @@ from llava_next.training.config import RunConfig
 from llava_next.training.flops import Checkpointing, flops_model
 from llava_next.training.hardware import Hardware, present_hardware
 from llava_next.training.launch import checkpointing_policy, hsdp_sizes
+from llava_next.training.metrics import si
 from llava_next.training.optim import freeze, trainable_table, warmup_steps
 from llava_next.training.setup import Parts, empty_model
 
@@ -137,9 +138,9 @@ def data_lines(config: RunConfig, mixture: Mixture, dealt: Dealt) -> list[str]:
     """Sources, lengths, steps."""
     lines = []
     for source, storage, info in zip(mixture.plan_sources, mixture.storages, mixture.infos, strict=True):
-        size = sum(shard.bytes for shard in info.shards) / 1e9
+        size = si(sum(shard.bytes for shard in info.shards), "B")
         samples = f"{source.num_samples:,} samples x {source.repeat:g}"
-        lines.append(f"data       {source.name}: {samples}, {size:,.1f} GB from {storage.label}")
+        lines.append(f"data       {source.name}: {samples}, {size} from {storage.label}")
     steps = mixture.total_steps
     exact = "exact" if mixture.exact_lengths else "estimated from bytes"
     tokens, tiles = (dealt.tokens * steps, dealt.tiles * steps)
@@ -191,15 +192,16 @@ COLUMNS = {
 def memory_lines(budget: Budget, config: RunConfig, layout: Layout, active: Checkpointing | None) -> list[str]:
     """The table of policies, the one that is picked and why, and whether the one that is active fits."""
     reshard = "freed after each layer" if layout.reshard else "kept until backward"
+    unit, scale = ("GB", 1e9) if max(found.total for found in budget.estimates.values()) >= 1e9 else ("MB", 1e6)
     lines = [
-        f"memory     {budget.memory / 1e9:.1f} GB a rank; states sharded over {layout.shard} rank(s), "
+        f"memory     {si(budget.memory, 'B')} a rank; states sharded over {layout.shard} rank(s), "
         f"gathered weights {reshard}",
-        f"           GB at the peak with {config.data.token_budget:,} tokens, {config.data.tile_budget} tiles a "
+        f"           {unit} at the peak with {config.data.token_budget:,} tokens, {config.data.tile_budget} tiles a "
         "micro-batch, by activation checkpointing:",
         "  " + f"{'policy':<10}" + "".join(f"{heading:>8}" for heading in COLUMNS),
     ]
     for policy, found in budget.estimates.items():
-        figures = "".join(f"{getattr(found, name) / 1e9:>8.2f}" for name in COLUMNS.values())
+        figures = "".join(f"{getattr(found, name) / scale:>8.2f}" for name in COLUMNS.values())
         marks = [word for word, said in (("picked", policy == budget.picked), ("active", policy == active)) if said]
         lines.append(
             f"  {policy:<10}{figures}  {'fits' if budget.fits(policy) else 'too large'} {', '.join(marks)}".rstrip()
@@ -233,7 +235,7 @@ def hint_lines(budget: Budget, policy: Checkpointing, arguments: tuple, config: 
         kept = total(policy, replace(layout, reshard=False), most)
         verdict = "fits as well" if kept <= budget.memory else "does not fit"
         lines.append(
-            f"           with fsdp_reshard_after_forward: false {policy} takes {kept / 1e9:.1f} GB, which {verdict}"
+            f"           with fsdp_reshard_after_forward: false {policy} takes {si(kept, 'B')}, which {verdict}"
         )
     return lines
 
@@ -245,14 +247,14 @@ def time_lines(
     flops = flops_model(model_config, config.optim.rates, policy)
     step, _ = flops.step_flops(dealt.tokens, dealt.squared_lengths, dealt.tiles, SUPERVISED_SHARE * dealt.tokens)
     shares = f"llm {100 * step.llm / step.total:.0f} %, vision {100 * step.vision / step.total:.0f} %"
-    per_sample = step.total / config.data.batch_size / 1e12
-    lines = [f"work       {step.total / 1e15:.2f} PFLOP a step, {per_sample:.3g} TFLOP a sample ({shares})"]
+    per_sample = si(step.total / config.data.batch_size, "FLOP")
+    lines = [f"work       {si(step.total, 'FLOP')} a step, {per_sample} a sample ({shares})"]
     stored = zip(mixture.plan_sources, mixture.infos, strict=True)
     volume = config.data.epochs * sum(
         sum(shard.bytes for shard in info.shards) * source.repeat for source, info in stored
     )
     if hardware.peak is None:
-        return [*lines, f"time       peak of {hardware.name} unknown, so no estimate; {volume / 1e9:,.1f} GB are read"]
+        return [*lines, f"time       peak of {hardware.name} unknown, so no estimate; {si(volume, 'B')} are read"]
     mfu = ASSUMED_MFU[policy] * dealt.balance
     seconds = step.total / hardware.world / hardware.peak / mfu
     total = seconds * mixture.total_steps
@@ -262,14 +264,11 @@ def time_lines(
         f"time       {_duration(total)}: {samples:.1f} samples/s, {seconds:.2f} s a step on {hardware.name}",
         f"           assumed: MFU {100 * ASSUMED_MFU[policy]:.0f} % ({policy} checkpointing) of "
         f"{hardware.peak / 1e12:,.0f} TFLOP/s, times the balance",
-        f"storage    {volume / total / 1e6:.1f} MB/s and {samples:.0f} requests/s over all ranks; "
-        f"{volume / 1e9:,.1f} GB in all",
+        f"storage    {si(volume / total, 'B/s')} and {samples:.0f} requests/s over all ranks; {si(volume, 'B')} in all",
     ]
 
 
 def size_lines(model: LlavaNextForConditionalGeneration) -> list[str]:
     """What a checkpoint and the result weigh: trained weights and two Adam moments in fp32; all weights in bf16."""
     whole = units(model).whole
-    return [
-        f"disk       {12 * whole.trainable / 1e9:.1f} GB a checkpoint, {2 * whole.parameters / 1e9:.1f} GB the result"
-    ]
+    return [f"disk       {si(12 * whole.trainable, 'B')} a checkpoint, {si(2 * whole.parameters, 'B')} the result"]

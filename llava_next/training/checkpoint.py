@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from llava_next.model.export import replace_folder
 from llava_next.training.config import CheckpointConfig
+from llava_next.training.metrics import si
 from llava_next.training.mirror import MANIFEST, Mirror
 from llava_next.training.recovery import (
     FORMAT,
@@ -183,7 +184,7 @@ class Checkpoints:
         if self.rank == 0:
             size, seconds = sum(facts["bytes"] for facts in files), time.monotonic() - begin
             stood = seconds if stood is None else stood
-            self.say(f"checkpoint {path.name}: {size / 1e6:,.0f} MB in {seconds:.2f} s, training stood {stood:.2f} s")
+            self.say(f"checkpoint {path.name}: {si(size, 'B')} in {seconds:.2f} s, training stood {stood:.2f} s")
 
     def _write_mine(self, aside: Path, pieces: list[torch.Tensor]) -> dict:
         aside.mkdir(parents=True, exist_ok=True)

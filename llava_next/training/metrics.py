@@ -15,6 +15,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def si(value: float, unit: str) -> str:
+    """Three digits with the unit's SI prefix: `84.6 GB`, `213 MB`, `1.02 PFLOP`."""
+    prefixes = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    scale, prefix = next(((s, p) for s, p in prefixes if value >= 0.9995 * s), (1, ""))  # 999.6 M is 1 G
+    return f"{value / scale:.3g} {prefix}{unit}"
+
+
 class JsonLines:
     """Appends JSON objects to a file, one a line, each flushed: a killed run loses none. No line, no file."""
 

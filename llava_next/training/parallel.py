@@ -48,6 +48,9 @@ def build_accelerator() -> Accelerator:
         ValueError: see `check_launch`.
     """
     check_launch()
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # micro-batches differ in length: segments of one size each would leave gaps. Read when CUDA starts, so not late
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     plugin = FullyShardedDataParallelPlugin()
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16":
         # Accelerate's own choice for bf16 reduces gradients and returns outputs in bf16.
