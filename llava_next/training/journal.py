@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -169,7 +170,9 @@ def memory_bytes(device: torch.device) -> int:
     """The most memory this process has had in use: on the GPU what tensors took, on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with open("/proc/self/status") as file:
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/status") as file:  # Linux's ru_maxrss may be that of the process this one was started by
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
