@@ -75,7 +75,7 @@ def train(config: RunConfig, parts, mixture, validation, resume: Resume) -> None
     run_dir.mkdir(parents=True, exist_ok=True)
     record_communication(run_dir)
     if config.data.num_workers:
-        start_worker_server()  # loads its modules while the model loads
+        start_worker_server(parts.encoder)  # loads its modules while the model loads
     accelerator = build_accelerator()
     same_on_all_ranks("configuration", yaml.safe_dump(asdict(config)))
     same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))

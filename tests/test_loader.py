@@ -1,6 +1,9 @@
 """From plan to packed batches: order, resuming, packing, and what a batch holds."""
 
 import json
+import multiprocessing.forkserver
+import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +15,7 @@ from tiny import ANYRES, pack_tiny, random_samples
 
 from llava_next.data.encode import Encoder
 from llava_next.data.feed import Feed
-from llava_next.data.loader import LoaderOptions, build_loader
+from llava_next.data.loader import _ENCODER_FILES, LoaderOptions, build_loader, start_worker_server
 from llava_next.data.mixture import Mixture
 from llava_next.training.setup import load_parts
 
@@ -46,6 +49,20 @@ def stream(folder, encoder, world=1, start_step=0, num_workers=0, token_budget=2
             seen.setdefault(step, []).extend(pairs)
         feed.close()
     return [(step, [i for _, i in sorted(pairs)]) for step, pairs in sorted(seen.items())]
+
+
+def test_workers_have_their_encoder_from_the_process_they_are_forked_from_or_else_load_it(demo):
+    folder, encoder = demo
+    first, other = replace(encoder), replace(encoder, max_length=12)
+    multiprocessing.forkserver._forkserver._stop()  # one that other tests have started holds no encoder, or another
+    start_worker_server(first)
+    probe = multiprocessing.get_context("forkserver").Process(target=len, args=("",))
+    probe.start()
+    probe.join()  # now it has loaded what it was told to
+    os.unlink(_ENCODER_FILES[first])
+    assert stream(folder, first, num_workers=1) == stream(*demo)
+    loader = build_loader(mixture(folder, other), other, 0, 1, 2000, 100, options=LoaderOptions(num_workers=1))
+    assert max(batch.max_seqlen for batch in loader) == 12
 
 
 def test_sample_ids_are_the_same_for_any_world_size_budget_and_workers(demo):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +14,8 @@ from llava_next.data.batch import Example, move_features
 from llava_next.data.pictures import open_picture
 from llava_next.data.shards import BadSample, RawSample, StripInfo, decode_strip
 from llava_next.templates import Template
+
+ENCODER_VARIABLE = "LLAVA_NEXT_ENCODER"  # tells the server of workers which file `load_encoder` is to read
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
@@ -31,9 +35,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Encoder:
-    """Everything needed to encode a sample; made once per worker.
+    """Everything needed to encode a sample; made once and shared by a rank's workers, see `preload.py`.
 
     Args:
         template: chat template of the training text.
@@ -89,6 +93,27 @@ class Encoder:
         starts = np.cumsum([0, *num_tiles])[: len(indices)]
         moved = [move_features(i, s, self.anyres.patches_per_tile) for i, s in zip(indices, starts, strict=True)]
         return np.concatenate(moved) if moved else np.zeros(0, np.int64)
+
+
+class SharedEncoder:
+    """Stands for an encoder in what is sent to a worker: unpickled there, it is the encoder.
+
+    Args:
+        path: file with the pickled encoder.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return load_encoder, (self.path,)
+
+
+@lru_cache(maxsize=1)
+def load_encoder(path: str) -> Encoder:
+    """The encoder in a file that this rank has written; read once, also for the processes that are forked from here."""
+    with open(path, "rb") as file:
+        return pickle.load(file)
 
 
 def picture_tiles(image: StripInfo, number: int, anyres: AnyRes) -> np.ndarray:

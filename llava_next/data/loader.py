@@ -11,12 +11,14 @@ import itertools
 import multiprocessing.forkserver
 import multiprocessing.util
 import os
+import pickle
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava_next.data.batch import Example, Hole, PackedBatch, pack
-from llava_next.data.encode import Encoder
+from llava_next.data.encode import ENCODER_VARIABLE, Encoder, SharedEncoder
 from llava_next.data.mixture import Mixture, Request, SampleRef
 from llava_next.data.shards import BadSample, read_sample
 from llava_next.data.stall import StallDump
@@ -58,7 +60,9 @@ class LoaderOptions:
 class MicroBatches(Dataset):
     """Item = (`Request`, the worker's next one or None), value = `PackedBatch`. Lives in worker processes."""
 
-    def __init__(self, storages: Sequence[Storage], encoder: Encoder, options: LoaderOptions, rank: int = 0):
+    def __init__(
+        self, storages: Sequence[Storage], encoder: Encoder | SharedEncoder, options: LoaderOptions, rank: int = 0
+    ):
         self.storages, self.encoder, self.options, self.rank = list(storages), encoder, options, rank
         self._threads: ThreadPoolExecutor | None = None
         self._started: dict[tuple[int, int], list[Future]] = {}
@@ -156,7 +160,8 @@ def build_loader(
     options = options or LoaderOptions()
     workers = {}
     if options.num_workers:
-        start_worker_server()
+        start_worker_server(encoder)
+        encoder = SharedEncoder(_ENCODER_FILES[encoder])
         # A process that was itself started by multiprocessing has the folder from its parent, which goes on using it.
         own_folder = multiprocessing.parent_process() is None
         init = _WorkerInit(multiprocessing.util.get_temp_dir() if own_folder else None)
@@ -171,19 +176,32 @@ def build_loader(
     )
 
 
-def start_worker_server() -> None:
-    """Starts the process that worker processes are forked from, with this project's modules loaded: called early, it
-    imports torch and transformers (some seconds) while the model loads, and workers then start in a tenth of a second.
+# Where an encoder was written for workers; `preload.py` removes the file when the rank has ended.
+_ENCODER_FILES: weakref.WeakKeyDictionary[Encoder, str] = weakref.WeakKeyDictionary()
+
+
+def start_worker_server(encoder: Encoder) -> None:
+    """Starts the process that worker processes are forked from, with this project's modules and the encoder loaded:
+    called early, it imports torch and transformers (some seconds) while the model loads, and workers then start in a
+    tenth of a second and share the encoder's memory. Where it runs already, it stays as it is: a worker that is to use
+    another encoder loads that from its file.
 
     It ignores SIGTERM, as its workers do: a scheduler's reaches all processes of a job, and the rank still needs them
     to finish its step.
     """
+    if not os.path.exists(_ENCODER_FILES.get(encoder, "")):
+        number, path = tempfile.mkstemp(prefix="encoder-", dir=multiprocessing.util.get_temp_dir())
+        with open(number, "wb") as file:
+            pickle.dump(encoder, file)
+        _ENCODER_FILES[encoder] = path
     loaded = [name for name in sys.modules if name.startswith("llava_next.")]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(loaded)
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*loaded, "llava_next.data.preload"])
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored stays so in a new program
+    os.environ[ENCODER_VARIABLE] = _ENCODER_FILES[encoder]
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
+        del os.environ[ENCODER_VARIABLE]
         signal.signal(signal.SIGTERM, before)
 
 

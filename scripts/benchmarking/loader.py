@@ -215,19 +215,23 @@ def memory(args, data: Data) -> tuple[dict, list]:
     )
     taken = take(what, timeout=3600)
     looks = taken.memory[len(taken.memory) // 10 :]  # queues have filled by then
-    totals = [main + workers for _, main, workers in looks] or [0.0]
+    totals = [main + workers for _, main, workers, _ in looks] or [0.0]
     early, late = (median(part) for part in (totals[: max(1, len(totals) // 4)], totals[-max(1, len(totals) // 4) :]))
     figures = {
         **brief(taken),
         "steps": args.memory_steps,
         "peak_mb": max(totals),
-        "main_mb": max((main for _, main, _ in looks), default=0.0),
-        "workers_mb": max((workers for *_, workers in looks), default=0.0),
+        "main_mb": max((main for _, main, *_ in looks), default=0.0),
+        "workers_mb": max((workers for *_, workers, _ in looks), default=0.0),
+        "resident_mb": max((resident for *_, resident in looks), default=0.0),
         "growth": late / max(early, 1e-9) - 1,
-        "looks": [[int(step), main, workers] for step, main, workers in taken.memory],
+        "looks": [[int(step), *sizes] for step, *sizes in taken.memory],
     }
     steps, peak = f"{args.memory_steps:,}", figures["peak_mb"]
-    parts = f"main {figures['main_mb']:.0f}, {args.workers} workers {figures['workers_mb']:.0f}"
+    parts = (
+        f"main {figures['main_mb']:.0f}, {args.workers} workers and what they are forked from "
+        f"{figures['workers_mb']:.0f}; shared pages count once, else {figures['resident_mb']:,.0f}"
+    )
     return figures, [
         (f"memory of a rank over {steps} steps, last quarter / first", "<= 1.05", f"{1 + figures['growth']:.3f}"),
         ("memory of a rank, peak", "< 1,500 MB", f"{peak:,.0f} MB ({parts})"),

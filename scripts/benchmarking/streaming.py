@@ -72,7 +72,7 @@ class Taken:
         open_s: until the plan was ready; first_s: until the first samples; both from the opening of the data set.
         samples_per_s, cpu_ms_per_sample: after the first `WARM` of the samples, when queues were filled once.
         checksums: of pictures by key.
-        memory: [step, MB of the main process, MB of its children], proportional set sizes.
+        memory: [step, MB of the main process, MB of all below it, MB of their resident sets added up]; see `memory_mb`.
         io: counters of our loader.
         index_mb: what the index holds; grown_mb: resident memory that the main process gained by opening the data set.
     """
@@ -155,7 +155,7 @@ def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
     anyres = datasets.SMALL if what.small else datasets.CLIP
     encoder, _ = datasets.build_encoder(anyres)
     if what.server_early and what.num_workers:
-        start_worker_server()
+        start_worker_server(encoder)
         probe = multiprocessing.get_context("forkserver").Process(target=time.time)
         probe.start()
         probe.join()  # in a run, the model loads in the meantime
@@ -218,16 +218,18 @@ def cpu_seconds() -> float:
     return total
 
 
-def memory_mb() -> tuple[float, float]:
-    """Proportional set size of this process and of all below it, in MB: shared pages count once."""
-    sizes = []
+def memory_mb() -> tuple[float, float, float]:
+    """Proportional set size of this process, and of all below it, in MB: shared pages count once, and what programs
+    outside share (the code of torch) counts in part. Third, all resident sets added up, which count shared pages for
+    every process that has them."""
+    sizes, resident = [], 0.0
     for process in _family():
-        try:
-            with open(f"/proc/{process.pid}/smaps_rollup") as file:
-                sizes.append(next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / 1e3)
-        except (OSError, StopIteration):
-            sizes.append(0.0)
-    return sizes[0], sum(sizes[1:])
+        found = {"Pss:": 0.0, "Rss:": 0.0}
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/smaps_rollup") as file:
+            found |= {words[0]: int(words[1]) / 1e3 for words in map(str.split, file) if words[0] in found}
+        sizes.append(found["Pss:"])
+        resident += found["Rss:"]
+    return sizes[0], sum(sizes[1:]), resident
 
 
 def held_mb(index: Index) -> float:
