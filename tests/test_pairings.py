@@ -18,7 +18,6 @@ from tiny import (
     stock_loss,
     tiny_pair,
 )
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
 from llava_next.model import attention, modeling
@@ -28,6 +27,7 @@ from llava_next.model.export import save_model
 from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
 from llava_next.training.agreement import slot_weights
 from llava_next.training.optim import Rates, build_optimizer, freeze
+from llava_next.training.parallel import apply_checkpointing
 
 TOLERANCE = 1e-5
 close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)
@@ -141,11 +141,8 @@ def test_activation_checkpointing_changes_no_bit(folder_of, pairing):
     samples = mixed_samples(model.config, seed=3)
     loss, expected = run(model, samples)
     checkpointed = LlavaNextForConditionalGeneration.from_pretrained(folder)
-    for layers in (checkpointed.vision_tower.encoder.layers, checkpointed.model.language_model.layers):
-        for number, layer in enumerate(layers):
-            layers[number] = checkpoint_wrapper(layer, preserve_rng_state=False)
+    apply_checkpointing(checkpointed)
     again, ours = run(checkpointed, samples)
-    ours = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in ours.items()}
     assert torch.equal(again, loss) and set(ours) == set(expected)
     assert all(torch.equal(gradient, ours[name]) for name, gradient in expected.items())
 

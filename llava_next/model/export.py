@@ -106,7 +106,6 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     Tied weights come once, under the name of the embedding.
     """
     for name, parameter in model.named_parameters():
-        name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
         tensor = parameter.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -105,6 +105,7 @@ def plan_banner(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardwa
         *dealing_lines(config, dealt, hardware),
         *memory_lines(budget, config, layout, policy if launched else None),
         *hint_lines(budget, policy, arguments, config, dealt),
+        *speed_lines(config),
         *time_lines(config, model_config, mixture, dealt, hardware, policy),
         *size_lines(model),
         f"run        {config.run_dir}",
@@ -237,6 +238,18 @@ def hint_lines(budget: Budget, policy: Checkpointing, arguments: tuple, config: 
         lines.append(
             f"           with fsdp_reshard_after_forward: false {policy} takes {si(kept, 'B')}, which {verdict}"
         )
+    return lines
+
+
+def speed_lines(config: RunConfig) -> list[str]:
+    """What is asked for to run faster; nothing when nothing is."""
+    lines = []
+    if config.compile_layers:
+        lines.append("compile    each layer, for any length: the first steps wait for it; memory is counted without")
+    if config.float8:
+        lines.append("float8     matrix products of the language model's layers; MFU stays a share of the bf16 peak")
+        if not config.compile_layers:
+            lines.append("           its casts are kernels of their own; --compile_layers true fuses them")
     return lines
 
 

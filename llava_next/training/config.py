@@ -15,6 +15,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser
 
+from llava_next.training.float8 import check_float8
 from llava_next.training.hardware import Hardware, parse_hardware
 from llava_next.training.optim import Rates
 
@@ -160,6 +161,10 @@ class RunConfig:
         activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps its
             input for backward (`full`), or the outputs of its matrix products and attention as well (`selective`: more
             memory, next to nothing computed twice). With `false` there every layer keeps everything.
+        compile_layers: torch.compile for each layer of tower and language model, for sequences of any length. The first
+            steps wait for it. Names in checkpoints and results are the same, so a run may go on with or without it.
+        float8: matrix products of the language model's layers in float8, rounded by one scale a tensor; extra `float8`,
+            GPUs from Ada and Hopper on, meant to go with compile_layers. MFU in the log stays a share of the bf16 peak.
         seed: of the data order.
         max_steps: stop after this many steps although the schedule goes on; null runs to the end.
         log_every: steps between console lines.
@@ -175,6 +180,8 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     attn_implementation: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
     activation_checkpointing: Literal["full", "selective"] = "full"
+    compile_layers: bool = False
+    float8: bool = False
     seed: int = 42
     max_steps: int | None = None
     log_every: int = 10
@@ -273,6 +280,8 @@ def check_run(config: RunConfig) -> None:
     for key, least in (("every", 0), ("keep_last", 1), ("keep_every", 0)):
         value = getattr(config.checkpoint, key)
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
+    if config.float8:
+        check_float8(llm_trains=optim.rates.llm is not None)
     for name in config.log_with:
         require(find_spec(name) is not None, "log_with", f"{name} is not installed; `pip install {name}`")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")

@@ -29,11 +29,12 @@ class Restriction(NamedTuple):
 RESTRICTIONS = (
     Restriction(
         *("ACCELERATE_MIXED_PRECISION", "mixed_precision", ("no", "bf16")),
-        'fp16 needs loss scaling and fp8 converted layers, neither of which is here; set bf16, or "no" on a CPU',
+        'fp16 needs loss scaling, which is not here, and fp8 is --float8 true; set bf16, or "no" on a CPU',
     ),
     Restriction(
         *("ACCELERATE_DYNAMO_BACKEND", "dynamo_config.dynamo_backend", ("no",)),
-        "every micro-batch has lengths of its own, and no compiled run was measured yet; leave dynamo_config out",
+        "it would compile the whole model anew for other lengths; leave dynamo_config out and give the script "
+        "--compile_layers true, which compiles each layer once for all",
     ),
     Restriction(
         *("FSDP_AUTO_WRAP_POLICY", "fsdp_auto_wrap_policy", ("transformer_based_wrap", "no_wrap")),

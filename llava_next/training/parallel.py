@@ -7,8 +7,11 @@ activations a checkpointed layer keeps, and the CPU.
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
+import shutil
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,9 +20,9 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismC
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llava_next.model.attention import keep_loop_uncompiled
 from llava_next.training.launch import check_launch, hsdp_sizes, layer_classes, layer_stacks
@@ -36,6 +39,8 @@ KEPT = {
     *("aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward"),
     *("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"),
 }
+
+RECOMPILE_LIMIT = 32  # see `compile_layers`
 
 
 def build_accelerator() -> Accelerator:
@@ -145,18 +150,38 @@ def apply_checkpointing(model: nn.Module, policy: str = "full", offload: bool = 
         return
     context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if policy == "selective" else {}
     for layers in layer_stacks(model):
-        for number, layer in enumerate(layers):
-            wrapped = checkpoint_wrapper(layer, preserve_rng_state=False, **context)
-            layers[number] = offload_wrapper(wrapped) if offload else wrapped
+        kind = _recomputing(type(layers[0]), offload, **context)
+        for layer in layers:
+            layer.__class__ = kind
+
+
+def _recomputing(layer_class: type[nn.Module], offload: bool, **context) -> type[nn.Module]:
+    # A class and no wrapping module: names stay, and FSDP2's hooks stay outside of what is computed again, where they
+    # belong: inside they would keep torch.compile, which cannot trace them, from compiling a checkpointed layer at all.
+    def forward(self, *args, **kwargs):
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
+            again = super(kind, self).forward
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
+
+    kind = type(layer_class.__name__, (layer_class,), {"forward": forward, "recomputes": True})
+    return kind
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Compiles every layer of tower and language model by itself, for sequences of any length; parameters keep names.
+    """Compiles every layer of tower and language model in place, for sequences of any length.
 
-    All layers of a stack share their compiled code. Comes after `apply_checkpointing` and before sharding, so that
-    recomputation is compiled and FSDP2's gathers stay outside.
+    Modules and parameters keep their names, so checkpoints and exports know nothing of it. All layers of a stack share
+    their compiled code. Comes after `apply_checkpointing` and before sharding, so that recomputation is compiled and
+    FSDP2's gathers stay outside.
+
+    A run makes at most 12 graphs, whatever its lengths: of the language model's first layer, of its others and of the
+    tower's; each for one token or tile (an empty or text-only micro-batch) and for more, with gradient and without.
+    Where attention is one SDPA call a segment (CPUs), that loop stays uncompiled, and under checkpointing the whole
+    decoder layer.
     """
     keep_loop_uncompiled()
+    # tower and language model share a limit; past it layers would run uncompiled, with no more than a warning
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layers in layer_stacks(model):
         for layer in layers:
             layer.compile(dynamic=True, backend=backend)
@@ -177,4 +202,6 @@ def finish(accelerator: Accelerator) -> None:
     accelerator.end_training()
     sys.stdout.flush()
     sys.stderr.flush()
+    if multiprocessing.parent_process() is None:  # the folder of workers' sockets, which teardown would remove
+        shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
     os._exit(0)

@@ -24,6 +24,7 @@ from llava_next.model.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
 from llava_next.tokenise import fingerprint
 from llava_next.training.config import RunConfig
+from llava_next.training.float8 import check_device, use_float8
 from llava_next.training.flops import cost_model, flops_model
 from llava_next.training.hardware import peak_flops
 from llava_next.training.journal import Journal
@@ -122,6 +123,13 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
         config.attn_implementation, accelerator.device, torch.float32 if full_precision else torch.bfloat16
     )
     accelerator.print(f"attention  {kernel}: {reason}", flush=True)
+    if config.float8:
+        check_device(accelerator.device)
+    if config.compile_layers and accelerator.state.fsdp_plugin.activation_checkpointing_offload:
+        raise ValueError(
+            "compile_layers: no layer would be compiled under the launch file's fsdp_activation_checkpointing_offload: "
+            "true; set one of them to false"
+        )
     model = LlavaNextForConditionalGeneration.from_pretrained(
         config.model,
         dtype=torch.float32 if full_precision else "auto",
@@ -129,11 +137,15 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
     )
     optim = config.optim
     freeze(model, optim.rates)
+    if config.float8:
+        converted = use_float8(model)
+        accelerator.print(f"float8     {converted} linear layers of the language model", flush=True)
     return shard(
         accelerator,
         model,
         lambda m: build_optimizer(m, optim.rates, tuple(optim.betas), optim.eps, optim.weight_decay),
         config.activation_checkpointing,
+        config.compile_layers,
     )
 
 

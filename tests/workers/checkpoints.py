@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from llava_next.training import recovery
 from llava_next.training.checkpoint import Checkpoints
 from llava_next.training.config import CheckpointConfig, RunConfig
 from llava_next.training.metrics import JsonLines
@@ -53,7 +54,10 @@ def loss_of(model: nn.Module, step: int, rank: int, world: int, width: int) -> t
 
 
 def apply_fault(fault: str, checkpoints: Checkpoints, rank: int, step: int) -> None:
-    """`full:STEP`: the disk is full for rank 1's file of that step; `read-only`: the folder is; `slow`: the disk is."""
+    """`full:STEP`: the disk is full for rank 1's file of that step; `read-only`: the folder is; `slow`: the disk is.
+
+    `apart`: every two ranks are a node with a run folder of its own.
+    """
     kind, _, number = fault.partition(":")
     if kind == "slow":
         Layout.write = lambda *arguments: (time.sleep(0.1), WRITE(*arguments))[1]
@@ -70,10 +74,14 @@ def apply_fault(fault: str, checkpoints: Checkpoints, rank: int, step: int) -> N
 
 def train(job: dict, rank: int) -> dict:
     folder, world, width = Path(job["folder"]), job["world"], job.get("width", 32)
+    run_dir = folder
+    if job.get("fault") == "apart":
+        run_dir, recovery.SHOW_SECONDS = folder / f"node-{rank // 2}", 0.2
+        run_dir.mkdir(parents=True, exist_ok=True)
     options = CheckpointConfig(**{name: job[name] for name in OPTIONS if name in job})
-    config = RunConfig(model=str(folder / "base"), run_dir=str(folder), checkpoint=options)
+    config = RunConfig(model=str(folder / "base"), run_dir=str(run_dir), checkpoint=options)
     resume = find_resume(config)
-    resume.prepare(folder)
+    resume.prepare(run_dir)
     model, optimizer = build(width, world)
     said, begun = [], resume.state["step"]
     checkpoints = Checkpoints(resume.folder, model, optimizer, options, run_facts(config), resume.mirror, said.append)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny import geometry, pack_tiny, random_samples
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llava_next.model.export import full_tensors
@@ -47,9 +48,9 @@ def shape_of(model) -> dict[str, torch.Tensor]:
     """What sharding, resharding and checkpointing did to the model, as counts; call it between forward and backward."""
     layers = [layer for stack in layer_stacks(model) for layer in stack]
     shape = {
-        "units": sum("FSDP" in n and "Checkpoint" not in n for n in (type(m).__name__ for m in model.modules())),
+        "units": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "gathered": sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers),
-        "checkpointed": sum(hasattr(layer, "_checkpoint_wrapped_module") for layer in layers),
+        "checkpointed": sum(hasattr(layer, "recomputes") for layer in layers),
     }
     return {name: torch.tensor(value) for name, value in shape.items()}
 
@@ -78,7 +79,7 @@ def main(folder: str, out: str, frozen: list[str], checkpointing: str) -> None:
         result[f"weight/{name}"] = tensor.contiguous()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            result["grad/" + name.replace("_checkpoint_wrapped_module.", "")] = parameter.grad.full_tensor()
+            result[f"grad/{name}"] = parameter.grad.full_tensor()
     if accelerator.is_main_process:
         save_file(result, out)
     finish(accelerator)
