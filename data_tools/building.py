@@ -13,7 +13,7 @@ import re
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,17 +161,16 @@ class Output:
         info = about["info"] and ShardInfo(**about["info"])
         return Record(info, table.replace_schema_metadata(None), about["rejected"])
 
-    def finished(self, numbers: Iterable[int]) -> dict[int, int]:
-        """Shards that are done, and how many samples were left out of each."""
+    def finished(self, numbers: Iterable[int]) -> Iterator[tuple[int, Record]]:
+        """Those of the shards `numbers` that are done, in order, with their records; a few are held at a time."""
         files = self.files()
         there = [number for number in numbers if f"{STATE_FOLDER}/{number:06d}.parquet" in files]
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            records = zip(there, pool.map(self.load, there), strict=True)
-            return {
-                number: len(record.rejected)
-                for number, record in records
-                if record.info is None or files.get(record.info.name) == record.info.bytes
-            }
+            for start in range(0, len(there), 4 * READ_THREADS):
+                chunk = there[start : start + 4 * READ_THREADS]
+                for number, record in zip(chunk, pool.map(self.load, chunk), strict=True):
+                    if record.info is None or files.get(record.info.name) == record.info.bytes:
+                        yield number, record
 
     def remove_state(self, files: Iterable[str]) -> None:
         """Removes the records, once the data set is complete."""
@@ -262,7 +261,7 @@ def build_missing(
 
     A worker's error ends the build.
     """
-    done = output.finished(numbers)
+    done = {number: len(record.rejected) for number, record in output.finished(numbers)}
     order = permutation(plan.samples, plan.seed)
 
     def rows_of(number: int) -> np.ndarray:
@@ -293,24 +292,32 @@ def build_missing(
 def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[DatasetInfo, list[dict]]:
     """Makes the data set of the finished shards; gives it and the samples left out.
 
+    Each shard's record is read once. What they say of missing shards and samples is known after the last one, when the
+    index is a temporary file yet: an error leaves no data set.
+
     Raises:
         ValueError: shards are missing, or too many samples were left out.
     """
-    numbers = range(plan.num_shards)
-    missing = sorted(set(numbers) - set(output.finished(numbers)))
-    if missing:
-        raise ValueError(
-            f"{output.storage.label}: {len(missing)} of {plan.num_shards} shards are not built yet, for example "
-            f"{shard_name(missing[0])}. Run the missing parts (--part i/n), then --merge again."
-        )
-    rejected = report(output, numbers)
-    check_share(len(rejected), plan.samples, max_rejected_share, output, numbers)
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        chunks = (numbers[start : start + 4 * READ_THREADS] for start in range(0, len(numbers), 4 * READ_THREADS))
-        records = (record for chunk in chunks for record in pool.map(output.load, chunk))
-        parts = ((record.info, record.rows) for record in records if record.info is not None)
-        build = {**plan.to_dict(), "rejected": len(rejected)}
-        info = write_dataset(output.storage, plan.anyres, plan.codec, parts, json.loads(json.dumps(build)))
+    numbers, rejected = range(plan.num_shards), []
+    build = json.loads(json.dumps(plan.to_dict()))
+
+    def parts() -> Iterator[tuple[ShardInfo, pa.Table]]:
+        missing = dict.fromkeys(numbers)
+        for number, record in output.finished(numbers):
+            del missing[number]
+            rejected.extend(record.rejected)
+            if record.info is not None:
+                yield record.info, record.rows
+        if missing:
+            raise ValueError(
+                f"{output.storage.label}: {len(missing)} of {plan.num_shards} shards are not built yet, for example "
+                f"{shard_name(next(iter(missing)))}. Run the missing parts (--part i/n), then --merge again."
+            )
+        report(output, rejected)
+        check_share(len(rejected), plan.samples, max_rejected_share, output, numbers)
+        build["rejected"] = len(rejected)  # dataset.json is written when the last part is
+
+    info = write_dataset(output.storage, plan.anyres, plan.codec, parts(), build)
     files, kept = output.files(), {shard.name for shard in info.shards}
     for name in files:
         if re.fullmatch(r"shard-\d+\.tar", name) and name not in kept:  # an earlier attempt at it had a sample
@@ -319,12 +326,9 @@ def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[Datas
     return info, rejected
 
 
-def report(output: Output, numbers: Iterable[int]) -> list[dict]:
-    """Writes the list of samples left out of these shards: one JSON object a line."""
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        rejected = [entry for record in pool.map(output.load, numbers) for entry in record.rejected]
+def report(output: Output, rejected: Iterable[dict]) -> None:
+    """Writes the list of samples left out: one JSON object a line."""
     output.storage.put(REPORT_FILE, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
-    return rejected
 
 
 def check_share(rejected: int, samples: int, max_share: float, output: Output, numbers: Iterable[int]) -> None:
@@ -338,11 +342,12 @@ def check_share(rejected: int, samples: int, max_share: float, output: Output, n
     """
     if rejected != samples and rejected <= max_share * samples:
         return
-    done = output.finished(numbers)
-    reasons = Counter(entry["reason"].partition(":")[0] for entry in report(output, done)).most_common(3)
-    for number in done:
-        if done[number]:
-            output.storage.delete(f"{STATE_FOLDER}/{number:06d}.parquet")
+    lacking = {number: record.rejected for number, record in output.finished(numbers) if record.rejected}
+    entries = [entry for found in lacking.values() for entry in found]
+    report(output, entries)
+    reasons = Counter(entry["reason"].partition(":")[0] for entry in entries).most_common(3)
+    for number in lacking:
+        output.storage.delete(f"{STATE_FOLDER}/{number:06d}.parquet")
     raise ValueError(
         f"{rejected} of {samples} samples rejected, more than --max_rejected_share {max_share} allows; no data set "
         f"written. See {output.storage.address(REPORT_FILE)}; most often: "

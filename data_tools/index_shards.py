@@ -28,7 +28,7 @@ from progress import Progress, worker_pool
 from shard_walk import Found, Stream, samples_in, shard_files
 
 from llava_next.anyres import AnyRes
-from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo
+from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_shard_name
 from llava_next.data.index import ROW_SCHEMA
 from llava_next.data.pictures import open_picture
 from llava_next.data.shards import RawSample, read_sample
@@ -125,6 +125,8 @@ def index(options: argparse.Namespace, storage: Storage) -> None:
     """Makes a data set of shards. Raises ValueError for what the user can mend."""
     anyres = geometry(options)
     shards = shard_files(storage)
+    for name, _ in shards:
+        check_shard_name(name)  # no run would read it
     job = Indexing(storage, anyres, options.source, options.tokenizers)
     _text_lengths(options.tokenizers)  # errors come before the work
     parts, problems, seen, kinds = [], [], 0, set()

@@ -69,6 +69,26 @@ def test_parts_of_several_machines_merge_to_the_bytes_of_one(inputs, built, tmp_
     assert again.returncode == 1 and "no parts of a build, or one that was merged already" in again.stderr
 
 
+def test_merging_reads_each_shards_record_once_and_an_error_leaves_no_data_set(tmp_path, monkeypatch):
+    records = make_inputs(tmp_path, 40)
+    (tmp_path / "images" / records[7]["image"]).unlink()
+    for part in ("1/2", "2/2"):
+        assert run(tmp_path, tmp_path / "out", "--part", part).returncode == 0
+    reads, read_all = [], Storage.read_all
+    monkeypatch.setattr(Storage, "read_all", lambda self, name: reads.append(name) or read_all(self, name))
+    refused = tool_result("--merge", "--out", tmp_path / "out", "--max_rejected_share", 0.001)
+    assert refused.returncode == 1 and "1 of 40 samples rejected" in refused.stderr
+    assert not {"dataset.json", "index.parquet"} & {path.name for path in (tmp_path / "out").iterdir()}
+    for part in ("1/2", "2/2"):
+        assert run(tmp_path, tmp_path / "out", "--part", part).returncode == 0
+    reads.clear()
+    assert tool_result("--merge", "--out", tmp_path / "out").returncode == 0
+    records = [f"building/{number:06d}.parquet" for number in range(3)]
+    assert sorted(name for name in reads if name.endswith(".parquet")) == records
+    assert read_dataset(tmp_path / "out")[0].build["rejected"] == 1
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 1
+
+
 def test_an_unfinished_build_is_not_continued_with_other_input(inputs, tmp_path):
     assert run(inputs, tmp_path / "out", "--part", "1/2").returncode == 0
     for change in (("--seed", 1), ("--codec", "jpeg"), ("--shard_samples", 10), ("--source", "other")):

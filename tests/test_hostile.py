@@ -30,6 +30,7 @@ from llava_next.data.encode import Encoder
 from llava_next.data.index import INDEX_FILE, ROW_SCHEMA, read_dataset
 from llava_next.data.loader import LoaderOptions, build_loader
 from llava_next.data.mixture import Mixture
+from llava_next.data.pictures import open_picture
 from llava_next.data.shards import BadSample, decode_strip, encode_strip, read_sample
 from llava_next.data.writer import write_dataset
 from llava_next.model.dry import corpus_texts, train_tokenizer
@@ -314,6 +315,17 @@ VP8X = b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + b
 def test_bombs_in_pictures_are_refused(data, reason):
     with pytest.raises(BadSample, match=reason):
         decode_strip(data, 32)
+
+
+def test_a_tiff_whose_own_tiles_are_larger_than_a_picture_may_be_is_refused_before_it_is_decoded():
+    """Such a tile is decoded as a whole: 1.5 MB that say 64 x 64 px took 1.6 GB."""
+    for tile, reason in ((40_000, "tiles of more than 89478485 pixels"), (64, "image cannot be read: OSError")):
+        tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 134, 325: 9}
+        data = b"II*\0" + struct.pack("<IH", 8, len(tags))
+        data += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4)
+        assert len(data) == 134
+        with pytest.raises(BadSample, match=reason):
+            open_picture(data + zlib.compress(bytes(64)))
 
 
 def test_what_resembles_a_bomb_but_is_none_is_read():

@@ -22,7 +22,7 @@ def shards(number: int = 0, **changes):
 
 
 BAD_NAMES = [
-    "a/../x", "..", ".", "./x", "a//b", "/x", "a/", "", "http://host/x.tar", "pipe:cat", "C:x", "a\\b", "x?y", "x#y",
+    "a/../x", "..", ".", "./x", "a//b", "/x", "a/", "", "http://host/x.tar", "pipe:cat", "C:x", "a\\b",
     "%2e%2e/x", "x%00", "x\n", "x\0", ESCAPES, "\ud800",
 ]  # fmt: skip
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from adding_lengths import add_lengths
 from builds import GEOMETRY, SMALL, Result, arguments_for, call, make_inputs, tool_result
-from faults import FaultServer
+from faults import FaultServer, S3Server
 from PIL import Image
 from real_tokenizers import mistral
 from transformers import AutoTokenizer
 
-from llava_next.data.encode import Encoder
+from llava_next.data.encode import Encoder, picture_tiles
 from llava_next.data.index import INDEX_FILE, read_dataset
 from llava_next.data.shards import BadSample, read_sample
 from llava_next.data.storage import Storage, StorageError
@@ -95,6 +95,49 @@ def test_raw_images_are_tiled_on_read_with_the_same_pixels(tmp_path, tokenizer_f
         assert np.array_equal(example.tiles, SMALL.tiles(image))
         assert len(example.tiles) == rows.num_tiles[number] and rows.image_sizes(number) == [image.size]
         assert len(example.feature_index) == rows.image_tokens(SMALL)[number]
+
+
+def test_shards_with_any_readable_name_read_equal_over_file_http_and_s3(tmp_path, monkeypatch):
+    """Spaces, what URLs give a meaning to, and Unicode: listed, indexed and read, one sample of each shard."""
+    folder, names = tmp_path / "a set", ["a b.tar", "c #1.tar", "d?e&f=g+h.tar", "ä 日本.tar"]
+    folder.mkdir()
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(sample(number) + END)
+    with FaultServer(folder) as web, S3Server(folder) as s3:
+        s3.use(monkeypatch)
+        for url in (folder, s3.url):
+            assert index(url, *GEOMETRY).returncode == 0
+        assert Storage(s3.url).read_all("dataset.json") == (folder / "dataset.json").read_bytes()
+        assert [shard.name for shard in read_dataset(folder)[0].shards] == names
+        found = [stored(url) for url in (folder, web.url, s3.url)]
+    assert found[0] == found[1] == found[2]
+    assert [raw.images[0].data for raw in found[0]] == [noise(number) for number in range(4)]
+
+
+@pytest.mark.parametrize("name", ["50%.tar", "a%20b.tar", "a:b.tar", "a\\b.tar", "a\u202eb.tar"])
+def test_a_shard_name_that_no_run_would_read_is_refused_before_anything_is_read(tmp_path, name):
+    write_foreign(tmp_path, 1)
+    (tmp_path / name).write_bytes(b"not even a tar")
+    result = index(tmp_path, *GEOMETRY)
+    assert result.returncode == 1 and f"shard name {name!r} is not a plain path" in result.stderr
+    assert "rename the file" in result.stderr and not (tmp_path / "rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_a_raw_picture_is_known_by_its_content_and_gives_pillows_rgb_or_is_refused(tmp_path, kind):
+    """Under the name .jpg. TIFF, BMP and PPM are for builds only."""
+    frames = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (40, 60, 3), np.uint8)) for n in (0, 1)]
+    more = {"save_all": True, "append_images": frames[1:]} if kind in ("GIF", "WEBP") else {}
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, **more)
+    (tmp_path / "a.tar").write_bytes(member("k.jpg", buffer.getvalue()) + member("k.json", FIELDS) + sample(1) + END)
+    assert index(tmp_path, *GEOMETRY, "--max_rejected_share", 0.5).returncode == 0
+    found = {raw.key: raw for raw in stored(tmp_path)}
+    if kind in ("BMP", "TIFF", "PPM"):
+        assert list(found) == ["k1"] and "not a picture of a known format" in (tmp_path / "rejected.jsonl").read_text()
+    else:
+        expected = SMALL.tiles(Image.open(buffer).convert("RGB"))
+        assert np.array_equal(picture_tiles(found["k"].images[0], 0, SMALL), expected)
 
 
 def test_a_raw_picture_that_does_not_decode_is_a_bad_sample(tmp_path, tokenizer_folder):

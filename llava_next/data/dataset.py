@@ -114,13 +114,24 @@ def _check_entries(kind: type, values, what: str) -> None:
             raise ValueError(f"entry {name!r} is {value}; it must be 0 to 2**63 - 1.")
 
 
+def check_shard_name(name: str) -> None:
+    """Raises ValueError for a name that could lead elsewhere.
+
+    Storage encodes what has a meaning in URLs. Servers that decode twice, or take a colon or a backslash for a path's,
+    could still leave the folder.
+    """
+    if not {"", ".", ".."}.isdisjoint(name.split("/")) or not name.isprintable() or set(name) & set("\\%:"):
+        raise ValueError(
+            f"shard name {name!r} is not a plain path in the data set's folder; rename the file "
+            "(no \\, %, : or control characters)."
+        )
+
+
 def _check_shards(info: DatasetInfo) -> None:
     """Raises ValueError for names that could lead elsewhere, and for totals that the shards have no room for."""
     names = [shard.name for shard in info.shards]
     for name in names:
-        # What a URL reads as more than a name could leave the folder once the name stands in one.
-        if not {"", ".", ".."}.isdisjoint(name.split("/")) or not name.isprintable() or set(name) & set("\\?#%:"):
-            raise ValueError(f"shard name {name!r} is not a plain path in the data set's folder; rename the file.")
+        check_shard_name(name)
     if len(set(names)) < len(names):
         raise ValueError("a shard comes twice.")
     if sum(shard.samples for shard in info.shards) != info.samples:

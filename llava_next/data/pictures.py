@@ -2,10 +2,13 @@
 
 A sample that this project wrote lists its strips in its JSON member (`shards.read_sample`). One that others wrote, in
 the plain webdataset way, is `KEY.jpg` (or .jpeg, .png, .webp) with `KEY.json` in LLaVA's fields, with `KEY.txt` that
-holds a caption, or both; its picture is raw and is cut into tiles when it is read.
+holds a caption, or both; its picture is raw and is cut into tiles when it is read. Raw pictures in shards are JPEG,
+PNG, WebP or, as published data sets hold them under such names, GIF; when a data set is built, BMP, TIFF and PPM too.
+Whatever the format, pixels are those of the first frame by Pillow's `convert("RGB")` (see `anyres.to_rgb`).
 """
 
 import io
+import math
 import warnings
 from pathlib import Path
 
@@ -15,27 +18,32 @@ from llava_next.data.tar import BadSample
 
 # Not all that Pillow knows: some of its formats start programs (EPS runs Ghostscript).
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+RAW_FORMATS = IMAGE_FORMATS[:4]  # of pictures in shards that others wrote; TIFF is many formats in one
 MAX_PIXELS = 89_478_485  # Pillow's own limit, beyond which it warns of a decompression bomb
 MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; each costs a pass over all pixels and as little as 30 bytes
-RAW_KINDS = ("jpg", "jpeg", "png", "webp")  # extensions of pictures in shards that others wrote
+RAW_KINDS = ("jpg", "jpeg", "png", "webp")  # their extensions
+_TIFF_TILE = (322, 323)  # tags: width and length of a TIFF's own tiles
 
 
-def open_picture(file: Path | bytes, *, load: bool = True) -> Image.Image:
+def open_picture(file: Path | bytes, *, load: bool = True, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:
     """The picture in `file`, by its content and not its name; of an animation, the first frame.
 
     Args:
         load: decode it; otherwise only the header is read, which tells the size.
+        formats: that are looked for.
 
     Raises:
-        BadSample: not a picture, damaged, or more than `MAX_PIXELS` pixels.
+        BadSample: not such a picture, damaged, or more than `MAX_PIXELS` pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=IMAGE_FORMATS)
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"{image.width} x {image.height} px is more than {MAX_PIXELS} pixels")
+            if image.format == "TIFF" and math.prod(int(image.tag_v2.get(tag, 1)) for tag in _TIFF_TILE) > MAX_PIXELS:
+                raise BadSample(f"a TIFF with tiles of more than {MAX_PIXELS} pixels")  # each is decoded as a whole
             if load:
                 if isinstance(file, bytes):
                     check_scans(image, file)

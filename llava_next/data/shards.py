@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava_next.anyres import MAX_SIDE
 from llava_next.data.dataset import MAX_TILES
-from llava_next.data.pictures import RAW_KINDS, check_scans, decoding_error, open_picture, parse_foreign
+from llava_next.data.pictures import RAW_FORMATS, RAW_KINDS, check_scans, decoding_error, open_picture, parse_foreign
 from llava_next.data.tar import BadSample, tar_members
 
 CODECS = ("auto", "jpeg", "webp")
@@ -231,7 +231,7 @@ def _foreign_sample(key: str, values: dict, members: dict[str, bytes]) -> RawSam
     _check_description({**description, "images": []})
     images = []
     for extension, data in pictures:
-        width, height = open_picture(data, load=False).size
+        width, height = open_picture(data, load=False, formats=RAW_FORMATS).size
         images.append(StripInfo(width, height, 0, 0, extension, data, is_raw=True))
     return RawSample(key, **description, images=images)
 
