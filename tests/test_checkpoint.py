@@ -140,6 +140,19 @@ def test_keep_last_and_keep_every_say_which_checkpoints_stay(train, tmp_path):
     assert kept == ["step-00000004", "step-00000008", "step-00000009"]
 
 
+def test_run_folder_that_nodes_do_not_share_ends_the_run_on_all_ranks_before_it_begins(train, tmp_path):
+    answer = train(tmp_path / "run", fault="apart", world=4)
+    for rank, said in enumerate(answer["ranks"]):
+        folder = tmp_path / "run" / f"node-{rank // 2}" / "checkpoints"
+        assert f"{folder} is not one folder for all ranks: 2 of 4, the first is rank 2, do not see" in said["error"]
+        assert "Give a run_dir (or checkpoint.dir) on storage that all nodes share" in said["error"]
+        assert not (folder.exists() and list(folder.iterdir()))
+    answer = train(tmp_path / "other", fault="apart", world=2)  # one node
+    assert all("digest" in said for said in answer["ranks"])
+    left = {path.name for path in (tmp_path / "other/node-0/checkpoints").iterdir()}
+    assert left == {"step-00000003", "step-00000006"}
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_full_disk_ends_the_run_on_all_ranks_and_the_last_checkpoint_is_usable(train, tmp_path, asynchronous):
     job = {"steps": 9, "every": 2, "pause": 0.02}

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llava_next.training.optim import Rates
 from llava_next.training.recovery import (
     FORMAT,
     Resume,
+    appears,
     checkpoint_to_resume,
     complete_checkpoints,
     drop_later_lines,
@@ -81,6 +83,13 @@ def test_start_removes_what_was_half_written_and_puts_back_what_was_half_replace
     assert path == folder / "step-00000005"
     Resume(folder, path=path, manifest=read_manifest(path)).put_in_order(tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000005"]
+
+
+def test_file_that_a_network_file_system_shows_late_is_waited_for(tmp_path):
+    late = threading.Timer(0.2, (tmp_path / "late").touch)
+    late.start()
+    assert appears(tmp_path / "late", 30) and not appears(tmp_path / "never", 0.1)
+    late.join()
 
 
 def test_kill_during_removal_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):

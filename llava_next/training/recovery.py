@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shlex
 import shutil
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from llava_next.training.optim import Rates
 
 FORMAT = 2
 LEFTOVERS = (".tmp", ".old")  # of a save and of a removal that a kill cut short
+SHOW_SECONDS = 15.0  # that a network file system may take to show a new file to all nodes
 
 
 class CheckpointError(RuntimeError):
@@ -115,16 +118,21 @@ class Resume:
         return self.manifest["state"]
 
     def prepare(self, run_dir: Path) -> None:
-        """Lets rank 0 `put_in_order` when all ranks have chosen; they go on when it is done. A collective.
+        """Lets rank 0 `put_in_order` when all ranks have chosen; they go on when all see that it is done. A collective.
 
         Raises:
-            CheckpointError: on all ranks: the folder or the URL cannot be written, or a download is damaged.
+            CheckpointError: on all ranks: the folder or the URL cannot be written, a download is damaged, or the
+                folder is another one for some ranks.
         """
-        failed = torch.zeros(1)
+        failed, word = torch.zeros(1), torch.tensor(secrets.randbits(60))
+        dist.broadcast(word, 0)
+        # a name that was never looked for: no cache of a network file system can hold that it is missing
+        mark = self.folder / f".written-by-rank-0-{word.item():x}"
         dist.barrier()
         try:
             if dist.get_rank() == 0:
                 self.put_in_order(run_dir)
+                mark.touch()
         except (OSError, ValueError) as error:
             failed += 1
             raise CheckpointError(f"{self.folder} cannot be put in order: {error}") from error
@@ -132,6 +140,29 @@ class Resume:
             agree(failed)
         if failed:
             raise CheckpointError(f"rank 0 cannot put {self.folder} in order; its own message says why")
+        self.check_shared(mark)
+
+    def check_shared(self, mark: Path) -> None:
+        """Refuses a folder that ranks have for themselves: their parts of a checkpoint would lie apart. A collective.
+
+        Args:
+            mark: file in the folder that rank 0 has just written, and that it removes.
+
+        Raises:
+            CheckpointError: on all ranks.
+        """
+        blind = torch.zeros(dist.get_world_size())
+        blind[dist.get_rank()] = not appears(mark, SHOW_SECONDS)
+        agree(blind)
+        if dist.get_rank() == 0:
+            with suppress(OSError):
+                mark.unlink()
+        if blind.any():
+            raise CheckpointError(
+                f"{self.folder} is not one folder for all ranks: {int(blind.sum())} of {len(blind)}, the first is rank "
+                f"{int(blind.argmax())}, do not see what rank 0 wrote there. Give a run_dir (or checkpoint.dir) on "
+                "storage that all nodes share"
+            )
 
     def put_in_order(self, run_dir: Path) -> None:
         """Downloads the checkpoint if it is at the URL only, sets damaged ones aside, removes half-written ones, and
@@ -238,6 +269,16 @@ def checkpoint_to_resume(folder: Path, resume: str, damaged: list[Path] | None =
             "another run_dir, or continue with auto"
         )
     return path
+
+
+def appears(path: Path, seconds: float) -> bool:
+    """Whether there is a file, or will be in `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not os.path.exists(path):  # which raises nothing, whatever the file system answers
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def put_back(folder: Path) -> None:
