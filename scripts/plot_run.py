@@ -3,7 +3,8 @@
     python scripts/plot_run.py runs/vicuna-7b runs/vicuna-7b-again --out compare.png
 
 Works while a run is going on. Steps that a resumed run did again count once, as done last; a line that a crash cut off
-is left out. With two to five sources the fourth panel is the loss of each, else the gradient norm.
+is left out; a step whose loss was not finite is marked. With two to five sources the fourth panel is the loss of each,
+else the gradient norm.
 """
 
 import json
@@ -55,6 +56,10 @@ class Run:
     held_out: tuple[np.ndarray, np.ndarray] | None
     unreadable: int
 
+    def broken_steps(self) -> np.ndarray:
+        """Steps with a loss that is not finite, int64."""
+        return self.steps[~np.isfinite(self.values["loss"])] if "loss" in self.values else self.steps[:0]
+
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """The values below a prefix, by what follows it."""
         return {key.removeprefix(prefix): v for key, v in self.values.items() if key.startswith(prefix)}
@@ -87,13 +92,14 @@ def read_run(folder: Path, name: str) -> Run:
     flat = []
     for record in records:
         nested = {f"{k}/{n}": v for k in ("rates", "source_loss") for n, v in record.get(k, {}).items()}
-        flat.append({k: v for k, v in {**record, **nested}.items() if isinstance(v, (int, float))})
+        values = {k: np.nan if v is None else v for k, v in {**record, **nested}.items()}  # null: not finite
+        flat.append({k: v for k, v in values.items() if isinstance(v, (int, float))})
     keys = {key for record in flat for key in record}
     values = {key: np.array([record.get(key, np.nan) for record in flat], dtype=np.float64) for key in sorted(keys)}
     held_out = None
     if (folder / "validation.jsonl").exists():
         points = [(r["step"], r["loss/all"]) for r in read_lines(folder / "validation.jsonl")[0] if "loss/all" in r]
-        held_out = tuple(np.array(column) for column in zip(*points, strict=True)) if points else None
+        held_out = tuple(np.array(column, float) for column in zip(*points, strict=True)) if points else None
     return Run(name, values["step"].astype(np.int64), values, held_out, unreadable)
 
 
@@ -163,7 +169,12 @@ def draw_smoothed(axis, run: Run, key: str, colour, window: int, label: str, lin
 
 
 def draw_loss(axis, run: Run, colour, window: int) -> None:
+    """The loss, held out too, and at the foot a mark for each step whose loss is no finite number."""
     draw_smoothed(axis, run, "loss", colour, window, run.name)
+    broken = run.broken_steps()
+    if len(broken):
+        foot = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+        axis.plot(broken, np.zeros(len(broken)), "x", color=colour, label=f"{run.name}, not finite", **foot)
     if run.held_out is not None:
         axis.plot(
             *run.held_out, "o", color=colour, markersize=4, markeredgecolor="white", label=f"{run.name}, held out"
@@ -244,7 +255,8 @@ def main() -> None:
     os.replace(aside, args.out)  # a viewer that reloads never sees half a picture
     for run in runs:
         loss = smooth(run.values["loss"], max(1, len(run.steps) // 50))[-1] if "loss" in run.values else np.nan
-        cut = f"; {run.unreadable} unreadable lines left out" if run.unreadable else ""
+        cut = f"; loss not finite in {len(run.broken_steps())} steps" if len(run.broken_steps()) else ""
+        cut += f"; {run.unreadable} unreadable lines left out" if run.unreadable else ""
         print(f"{run.name}: steps {run.steps[0]} to {run.steps[-1]}, loss {loss:.4f}{cut}")
     print(args.out)
 

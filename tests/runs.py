@@ -28,8 +28,13 @@ def run_demo(demo: Path, folder: Path, *options, processes: int = 1, check: bool
 
 
 def read_lines(path: Path) -> list[dict]:
-    """A log's lines; none when there is no log."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """A log's lines, by strict JSON; none when there is no log."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+def _refuse(word: str):
+    raise ValueError(f"{word} is not JSON")
 
 
 def losses(folder: Path) -> list[float]:

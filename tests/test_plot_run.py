@@ -9,6 +9,8 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from llava_next.training.metrics import JsonLines
+
 
 def write_run(folder, steps, sources=("coco", "gqa"), shift=0.0):
     """A run folder whose loss is 10 / step + shift."""
@@ -61,6 +63,33 @@ def test_numbers_that_a_step_lacks_or_that_are_not_finite_leave_gaps(tmp_path):
     np.testing.assert_array_equal(run.values["source_loss/a"], [np.nan, np.nan, 1.0])
     assert np.isfinite(plot_run.smooth(run.values["loss"], 5)).all()
     plot_run.draw([run])
+
+
+def test_steps_whose_loss_was_not_finite_are_marked_and_named(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", range(1, 9))
+    log = JsonLines(run / "metrics.jsonl")
+    for step, loss in ((4, float("nan")), (6, float("inf"))):
+        log.write({"step": step, "loss": loss, "grad_norm": float("inf"), "source_loss": {"coco": loss}})
+    log.close()
+    (run / "validation.jsonl").write_text('{"step": 4, "loss/all": null}\n{"step": 8, "loss/all": 1.5}\n')
+    read = plot_run.read_run(run, "run")
+    assert read.broken_steps().tolist() == [4, 6] and read.unreadable == 0
+    lines = drawn(plot_run.draw([read], window=1).axes[0])
+    assert lines["run, not finite"][0].tolist() == [4, 6]
+    np.testing.assert_array_equal(lines["run, held out"][1], [np.nan, 1.5])
+    np.testing.assert_array_equal(np.isnan(read.values["source_loss/coco"]), np.isin(read.steps, [4, 6]))
+    sound = plot_run.read_run(write_run(tmp_path / "sound", [1]), "run")
+    assert set(drawn(plot_run.draw([sound]).axes[0])) == {"run"}
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(run), "--out", str(tmp_path / "plot.png")])
+    plot_run.main()
+    assert "; loss not finite in 2 steps" in capsys.readouterr().out
+
+
+def test_a_run_of_nothing_but_broken_steps_is_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": null}\n')
+    read = plot_run.read_run(tmp_path, "run")
+    plot_run.draw([read]).savefig(tmp_path / "plot.png")
+    assert read.broken_steps().tolist() == [1, 2] and np.isnan(read.values["loss"]).all()
 
 
 def test_smoothing_keeps_a_constant_and_starts_without_bias():

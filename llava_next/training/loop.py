@@ -270,6 +270,7 @@ class Trainer:
             epoch = self.mixture.epoch(self.step - 1)
             state = {**self.mixture.state(), "epoch": epoch, "step": self.step, "counters": self.counters}
             with self._beside_the_step():
+                self.journal.sync()
                 self.checkpoints.save(self.step, state)
 
     def _export(self) -> None:

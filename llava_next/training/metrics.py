@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -23,7 +25,10 @@ def si(value: float, unit: str) -> str:
 
 
 class JsonLines:
-    """Appends JSON objects to a file, one a line, each flushed: a killed run loses none. No line, no file."""
+    """Appends JSON objects to a file, one a line, each flushed: a killed run loses none. No line, no file.
+
+    JSON has no word for NaN and infinities: they become null.
+    """
 
     def __init__(self, path: Path):
         self._path, self._file = path, None
@@ -31,12 +36,26 @@ class JsonLines:
     def write(self, record: dict) -> None:
         if self._file is None:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when the lines are on the disk: a power cut loses none either."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _finite(value):
+    """`value` of a JSON object with None for each number in it that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Progress:
@@ -74,9 +93,9 @@ class Progress:
 
 
 def console_line(record: dict, progress: Progress) -> str:
-    """The step as one line of text."""
+    """The step as one line of text; `record` with what `Journal.derived` adds."""
     return (
         f"step {record['step']}/{progress.total}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  "
         f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
-        f"data {100 * record['data_wait_s'] / max(record['step_s'], 1e-9):.0f} %  ETA {progress.eta}"
+        f"data {100 * record['data_wait_share']:.0f} %  ETA {progress.eta}"
     )
