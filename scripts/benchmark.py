@@ -3,7 +3,9 @@
     python scripts/benchmark.py gpu-all --out cards             # all that a GPU is wanted for, in ten minutes
     python scripts/benchmark.py step --model vicuna-7b          # a training step: tokens/s, MFU, memory, parts
     python scripts/benchmark.py step --device cpu               # a tiny one, against padded stock transformers too
+    python scripts/benchmark.py step --compile --float8         # the same, its layers compiled, linears in float8
     python scripts/benchmark.py ablate                          # what each lever of the step gives, in one run
+    python scripts/benchmark.py float8                          # the losses that float8 linears give
     python scripts/benchmark.py loader                          # the stream of data, against webdataset too
     python scripts/benchmark.py deal | build | export           # dealing a step, building shards, writing a model
     python scripts/benchmark.py compare A.json B.json           # two cards as ratios
@@ -23,6 +25,7 @@ sys.path.append(str(ROOT / "tests"))  # its servers that misbehave, and its real
 SUBJECTS = {
     "step": "a training step: speed, memory, time by part; on a CPU against padded stock transformers",
     "ablate": "what each lever of the training step gives",
+    "float8": "loss curves with float8 linears and without",
     "gpu-all": "step for every model, stage 1 and the levers, within a time limit",
     "loader": "the stream of data: CPU, latency, memory, faults, against webdataset",
     "deal": "dealing a step to ranks: balance and time",
@@ -33,17 +36,21 @@ SUBJECTS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if arguments is None else arguments)
+    args.run(args)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """What is asked for, and `run`, the function that does it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     subparsers = parser.add_subparsers(dest="what", required=True)
-    asked = (sys.argv[1:] if arguments is None else arguments)[:1]
     for name, what in SUBJECTS.items():
         subparser = subparsers.add_parser(name, help=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        if asked == [name]:  # only what is asked for is imported
+        if arguments[:1] == [name]:  # only what is asked for is imported
             subject = importlib.import_module(f"benchmarking.{name.replace('-', '_')}")
             subject.add_arguments(subparser)
             subparser.set_defaults(run=subject.run)
-    args = parser.parse_args(arguments)
-    args.run(args)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """FLOPs and MFU: the published arithmetic, torch's own counter on real models, the table of peaks."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +17,11 @@ from llava_next.model import head
 from llava_next.model.attention import attention_names
 from llava_next.model.dry import LLMS, architecture
 from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training import agreement
 from llava_next.training.flops import cost_model, flops_model
 from llava_next.training.hardware import KINDS, PEAKS, parse_hardware, peak_flops
+from llava_next.training.journal import Journal
+from llava_next.training.metrics import Progress
 from llava_next.training.optim import Rates, freeze
 from llava_next.training.parallel import apply_checkpointing
 
@@ -83,9 +89,34 @@ def test_forward_and_backward_count_what_torch_counts(tower, llm, rates, checkpo
     squares = 2 * (batch.cu_seqlens.diff().double() ** 2).sum().item()
     flops = flops_model(config, rates, checkpointing)
     ours, hardware = flops.step_flops(len(batch.input_ids), squares, len(batch.tiles), targets, chunked)
-    assert counter.get_total_flops() == pytest.approx(hardware.total, rel=1e-6)
+    # torch 2.11 counts the rotary embedding's angles as a product, 2.13 does not
+    assert counter.get_total_flops() == pytest.approx(hardware.total, rel=5e-5)
     assert (hardware.llm > ours.llm) == (hardware.head > ours.head) == (checkpointing == "full")
     assert (hardware.vision > ours.vision) == (checkpointing == "full" and rates.vision is not None)
+
+
+def test_hfu_counts_the_logits_of_micro_batches_with_several_chunks_again(monkeypatch):
+    """Two micro-batches, one of them with more targets than a chunk: counts, record and HFU against torch's counter."""
+    config = pairing_config(CLIP, VICUNA)
+    model, many = model_and_batch(config, Rates(), "none")
+    few = pack_tiny([replace(e, slot=3) for e, _ in random_samples(5, 1, images=(1,), max_text=8)])
+    monkeypatch.setattr(head, "CHUNK", len(few.target_ids))
+    assert len(many.target_ids) > head.CHUNK
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for batch in (many, few):
+            model(**batch.model_inputs(torch.device("cpu")), num_sources=2).loss.backward()
+
+    monkeypatch.setattr(agreement, "agree", lambda values: values)  # a single rank
+    counts = agreement.agree_on_step([many, few], 4)
+    assert counts.counts["chunked"] == len(many.target_ids)
+    record = {**counts.counts, **counts.io, "supervised": int(counts.supervised.sum()), "data_wait_s": 0, "step_s": 1}
+    record["squared_lengths"] *= 2  # the math kernel computes the masked half as well
+    rank = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    journal = SimpleNamespace(accelerator=rank, progress=Progress(1, 0), flops=flops_model(config, Rates()), peak=1.0)
+    derived = Journal.derived(journal, record)
+    assert derived["hfu"] == pytest.approx(counter.get_total_flops(), rel=5e-5)
+    again = 2 * config.text_config.hidden_size * config.text_config.vocab_size * len(many.target_ids)
+    assert derived["hfu"] - derived["mfu"] == pytest.approx(again, rel=1e-6)
 
 
 def model_and_batch(config, rates: Rates, checkpointing: str):

@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 1024  # positions; fp32 logits of a chunk are 0.13 GB (32K vocabulary) to 0.6 GB (152K)
 
 
+def chunked_targets(targets: int) -> int:
+    """Of a micro-batch's targets those whose logits backward computes again: all of them, or none in a single chunk."""
+    return targets if targets > CHUNK else 0
+
+
 class LossHead(nn.Linear):
     """`lm_head` with a second way to be called; weight, key and plain use are those of `nn.Linear`."""
 
@@ -29,7 +34,7 @@ class LossHead(nn.Linear):
         if target_ids is None:
             return super().forward(hidden)
         chunks = zip(hidden.split(CHUNK), target_ids.split(CHUNK), strict=True)
-        if not torch.is_grad_enabled() or hidden.shape[0] <= CHUNK:
+        if not torch.is_grad_enabled() or not chunked_targets(hidden.shape[0]):
             return torch.cat([self._nll(h, t) for h, t in chunks])
         # Recomputing a chunk's logits in backward costs one more head matmul on the supervised tokens only and keeps
         # one chunk of logits alive instead of all of them.

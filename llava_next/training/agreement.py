@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from llava_next.data.batch import PackedBatch
 from llava_next.data.feed import Feed
+from llava_next.model.head import chunked_targets
 
 GROUP = 8  # samples of a group in `micro_batch_mean`: one micro-batch of the original runs
-COUNTS = ("samples", "tokens", "squared_lengths", "tiles", "truncated", "holes")
+COUNTS = ("samples", "tokens", "squared_lengths", "tiles", "chunked", "truncated", "holes")
 IO = ("requests", "retries", "bytes", "cache_hits")
 
 
@@ -36,7 +37,8 @@ class StepCounts:
 
     Args:
         supervised: float64 `[B]`, supervised tokens of the sample in each slot.
-        counts: `COUNTS`; squared_lengths is the sum of the samples' lengths in tokens, squared.
+        counts: `COUNTS`; squared_lengths is the sum of the samples' lengths in tokens, squared; chunked the targets
+            whose logits backward computes again.
         io: `IO`, of all reads since the step before.
         data_wait_s: mean over ranks of the seconds that the loop waited for its data.
         stop: a rank was asked to stop; failed: a rank could not get its data; unsaved: the last checkpoint failed.
@@ -80,7 +82,7 @@ def agree_on_step(
     waited: float = 0.0,
     unsaved: bool = False,
 ) -> StepCounts:
-    """Sums what the ranks hold of a step: one message of B + 15 numbers.
+    """Sums what the ranks hold of a step: one message of B + 16 numbers.
 
     Args:
         micros: this rank's micro-batches.
@@ -95,7 +97,8 @@ def agree_on_step(
         if batch.slots:
             supervised[torch.tensor(batch.slots)] = torch.tensor(batch.supervised, dtype=torch.float64)
         squared = int(batch.cu_seqlens.diff().double().square().sum()) if batch.slots else 0
-        counts = (len(batch.slots), batch.num_tokens, squared, batch.num_tiles, batch.num_truncated, len(batch.holes))
+        work = (len(batch.slots), batch.num_tokens, squared, batch.num_tiles, chunked_targets(len(batch.target_ids)))
+        counts = (*work, batch.num_truncated, len(batch.holes))
         sums += torch.tensor([*counts, *(batch.io.get(name, 0) for name in IO)], dtype=torch.float64)
     message = torch.cat([supervised, sums, torch.tensor([waited, stop, failed, unsaved, 1], dtype=torch.float64)])
     supervised, sums, (waited, stops, failures, lost, ranks) = agree(message).split([batch_size, len(sums), 5])

@@ -74,7 +74,7 @@ class FlopsModel:
             squared_lengths: sum over segments of length squared.
             tiles: real ones; the zero tile of a batch without images is overhead, not work.
             supervised: target positions.
-            chunked: of these, positions in micro-batches with more than one chunk (`head.CHUNK`) of targets.
+            chunked: of these, positions in micro-batches with more than one chunk of targets (`chunked_targets`).
         """
         amounts = ((self.per_token, tokens), (self.per_square, squared_lengths))
         model = Flops(

@@ -94,7 +94,7 @@ class Journal:
             "eta_s": round(self.progress.eta_seconds, 1),
         }
         if self.flops is not None:
-            work = (record[name] for name in ("tokens", "squared_lengths", "tiles", "supervised"))
+            work = (record[name] for name in ("tokens", "squared_lengths", "tiles", "supervised", "chunked"))
             model, hardware = self.flops.step_flops(*work)
             added["tflops_per_gpu"] = model.total / seconds / world / 1e12
             added["vision_share"] = model.vision / max(model.total, 1e-9)
@@ -124,6 +124,11 @@ class Journal:
             self.bar.say(text)
         elif self.main:
             print(text, flush=True)
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk: before a checkpoint says that their steps need not be done again."""
+        for log in (self.metrics, self.validation, self.skipped):
+            log.sync()
 
     def close(self) -> None:
         """Closes files and bar; trackers end with the Accelerator."""

@@ -26,6 +26,7 @@ class StepProfiler:
     def __init__(self, steps: list[int], run_dir: Path, device: torch.device, is_main_process: bool = True):
         self._steps = frozenset(steps) if is_main_process else frozenset()
         self._folder, self._on_cuda = run_dir / "profile", device.type == "cuda"
+        self.operators = []  # of the last profiled step, torch's `key_averages`
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -41,7 +42,8 @@ class StepProfiler:
                 torch.cuda.synchronize()
         profiler.export_chrome_trace(str(self._folder / f"step-{number}.json.gz"))
         order = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
+        self.operators = profiler.key_averages()
+        table = self.operators.table(sort_by=order, row_limit=40, max_name_column_width=60)
         (self._folder / f"step-{number}.txt").write_text(table + "\n")
 
     @contextlib.contextmanager

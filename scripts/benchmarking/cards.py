@@ -17,7 +17,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "scripts" / "benchmarks"
-PACKAGES = ("torch", "transformers", "accelerate", "obstore", "webdataset", "pillow", "numpy", "pyarrow")
+PACKAGES = ("torch", "transformers", "accelerate", "torchao", "liger-kernel")
+PACKAGES += ("obstore", "webdataset", "pillow", "numpy", "pyarrow")
 
 
 def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:

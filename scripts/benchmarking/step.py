@@ -8,16 +8,18 @@ eight has: an eighth of the recipe's samples.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarking.cards import CARDS, table, write_card
 from benchmarking.launching import launched, relaunch
 from benchmarking.projection import Node, project
 from benchmarking.samples import LLMS, STAGES, TOWERS, model_config, profile_samples
 from benchmarking.stock import against_stock
-from benchmarking.training import Run, Work, build, empty_units, pick, run_steps
+from benchmarking.training import How, Run, Work, build, empty_units, pick, run_steps
 from llava_next.training.activations import Compute
 from llava_next.training.budget import POLICIES, Layout, estimate
 from llava_next.training.flops import flops_model
@@ -32,9 +34,13 @@ def add_arguments(parser) -> None:
     add_work_arguments(parser)
     parser.add_argument("--steps", type=int, default=8, help="measured")
     parser.add_argument("--checkpointing", choices=["auto", *POLICIES], default="auto")
+    parser.add_argument("--compile", action="store_true", help="each layer by torch.compile")
+    parser.add_argument("--float8", action="store_true", help="float8 linears in the decoder layers, by torchao")
     parser.add_argument("--bandwidth", type=float, default=Node.bandwidth, help="bytes/s, for the projection")
     parser.add_argument("--padded_batch", type=int, default=4, help="samples of a batch of the stock way, on a CPU")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of one more step")
+    parser.add_argument(
+        "--profile", type=Path, help="folder for a trace of one more step; its operators are in the card"
+    )
     parser.add_argument("--out", type=Path, default=CARDS)
 
 
@@ -81,7 +87,8 @@ def run(args) -> None:
     depth, policy = plan_of(args, work)
     config = work.config(depth)
     accelerator = build_accelerator()
-    model, optimizer = build(accelerator, config, work.rates, policy)
+    how = How(policy, compiled=args.compile, float8=args.float8)
+    model, optimizer = build(accelerator, config, work.rates, how)
     steps = work.steps(args.warmup + args.steps + (args.profile is not None), config)
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = args.profile or Path(scratch)
@@ -94,24 +101,28 @@ def run(args) -> None:
             config, samples, args.padded_batch, work.token_budget, work.tile_budget, repeats=min(args.steps, 5)
         )
     print(table(("what", "measured"), lines_of(figures)), flush=True)
-    write_card(card_name(work, args.device), figures, args.out)
+    if found.operators:
+        rows = ((o["name"], f"{100 * o['share']:.1f} %", f"{o['seconds']:.4f}", o["calls"]) for o in found.operators)
+        print(table(("operator", "share", "seconds", "calls"), rows), flush=True)
+    extra = [name for name, on in (("compile", args.compile), ("float8", args.float8)) if on]
+    write_card(card_name("step", work, args.device, extra), figures, args.out)
     finish(accelerator)
 
 
-def card_name(work: Work, device: str) -> str:
-    """`step-MODEL-TOWER[-stage1]-SCALE-DEVICE`, the GPU by its name."""
+def card_name(what: str, work: Work, device: str, extra: Sequence[str] = ()) -> str:
+    """`WHAT-MODEL-TOWER[-stage1][-EXTRA]-SCALE-DEVICE`, the GPU by its name."""
     if device == "cuda":
         name = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()
         device = "-".join(name[:2])
     stage = ["stage1"] if work.stage == 1 else []
-    return "-".join(["step", work.model, work.tower, *stage, work.scale, device])
+    return "-".join([what, work.model, work.tower, *stage, *extra, work.scale, device])
 
 
 def figures_of(found: Run, work: Work, config, policy: str, steps: list, args) -> dict:
     """What the card says of a run."""
     seconds = sum(found.step_s) / len(found.step_s)
     flops = flops_model(config, work.rates, policy)
-    amounts = [found.mean(name) for name in ("tokens", "squared_lengths", "tiles", "supervised")]
+    amounts = [found.mean(name) for name in ("tokens", "squared_lengths", "tiles", "supervised", "chunked")]
     spent, hardware = flops.step_flops(*amounts)
     peak = peak_flops(torch.cuda.get_device_name()) if args.device == "cuda" else None
     full, _ = flops_model(work.config(), work.rates, policy).step_flops(*amounts)
@@ -120,10 +131,13 @@ def figures_of(found: Run, work: Work, config, policy: str, steps: list, args) -
     figures = {
         "layers": [config.text_config.num_hidden_layers, work.config().text_config.num_hidden_layers],
         "checkpointing": policy,
+        "compiled_graphs": counters["stats"]["unique_graphs"],  # few, whatever the lengths; 0 without --compile
+        "float8": args.float8,  # MFU and HFU are of the bf16 peak all the same
         "samples_a_step": found.mean("samples"),
         "micro_batches": found.mean("micro_batches"),
         "tokens_a_step": amounts[0],
         "step_s": seconds,
+        "steps_s": found.step_s,  # one by one: a step that compiles stands out
         "tokens_per_s": amounts[0] / seconds,
         "samples_per_s": found.mean("samples") / seconds,
         "tflop_per_s": spent.total / seconds / 1e12,
@@ -149,6 +163,8 @@ def figures_of(found: Run, work: Work, config, policy: str, steps: list, args) -
         "memory_gb": found.memory and found.memory / 1e9,
         "estimated_memory_gb": estimated(work, config, policy, steps, args.device == "cuda") / 1e9,
     }
+    if found.operators:
+        figures["operators"] = found.operators
     if args.device == "cuda":
         figures["projection"] = projection(figures, work, longer, args)
     return figures

@@ -18,18 +18,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.autograd import DeviceType
+from torch.distributed.fsdp import FSDPModule
 from transformers import LlavaNextConfig
 
 from benchmarking.samples import STAGES, model_config, packed_step, profile_samples
 from llava_next.data.batch import PackedBatch
 from llava_next.data.plan import Source
 from llava_next.model.attention import attention_names, choose_attention
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.modeling import LlavaNextForConditionalGeneration, used_layers
 from llava_next.training.activations import Compute
 from llava_next.training.budget import Layout, choose, estimate, units
 from llava_next.training.config import RunConfig
+from llava_next.training.float8 import use_float8
 from llava_next.training.flops import Checkpointing
 from llava_next.training.journal import Journal
+from llava_next.training.launch import layer_stacks
 from llava_next.training.loop import Trainer
 from llava_next.training.metrics import Progress
 from llava_next.training.optim import Rates, build_optimizer, freeze
@@ -116,24 +120,37 @@ def pick(work: Work, memory: float, wanted: str = "auto", ranks: int = 8) -> tup
     return fitting, policy
 
 
+@dataclass(frozen=True)
+class How:
+    """In which way a step is computed.
+
+    Args:
+        policy: activation checkpointing.
+        reshard: free gathered weights after a layer's forward.
+        compiled: each layer by torch.compile.
+        float8: linears of the decoder layers by torchao; on a CPU emulated.
+        prefetch: gather the weights of so many layers ahead; 0: as FSDP2 does by itself.
+    """
+
+    policy: Checkpointing = "none"
+    reshard: bool = True
+    compiled: bool = False
+    float8: bool = False
+    prefetch: int = 0
+
+
 def build(
-    accelerator: Accelerator,
-    config: LlavaNextConfig,
-    rates: Rates,
-    policy: Checkpointing = "none",
-    reshard: bool = True,
-    compiled: bool = False,
+    accelerator: Accelerator, config: LlavaNextConfig, rates: Rates, how: How = How()
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model with random weights, made on the device, sharded as a run shards it; and its optimizer.
 
-    Args:
-        policy: activation checkpointing; reshard: free gathered weights after a layer's forward; compiled: each layer
-            by torch.compile.
+    Raises:
+        ValueError: float8 cannot run here, see `use_float8`.
     """
     device, half = accelerator.device, accelerator.mixed_precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
     plugin = accelerator.state.fsdp_plugin
-    plugin.activation_checkpointing, plugin.reshard_after_forward = policy != "none", reshard
+    plugin.activation_checkpointing, plugin.reshard_after_forward = how.policy != "none", how.reshard
     plugin.cpu_ram_efficient_loading = False  # there is no file to spare the other ranks
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -145,8 +162,33 @@ def build(
     kernel, _ = choose_attention("auto", device, dtype)
     model.set_attn_implementation(attention_names(kernel))
     freeze(model, rates)
-    extra = {"compiled": True} if compiled else {}
-    return shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), policy, **extra)
+    if how.float8:
+        use_float8(model, emulate=device.type == "cpu")
+    made = shard(
+        accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), how.policy, how.compiled
+    )
+    if how.prefetch:
+        prefetch(made[0], how.prefetch)
+    return made
+
+
+def prefetch(model: nn.Module, ahead: int) -> None:
+    """Has each sharded layer gather the weights of the `ahead` layers after it, in forward and in backward.
+
+    By itself FSDP2 gathers one layer ahead in backward, and in forward as soon as the host comes to the next layer.
+    """
+    tower, decoder = (
+        [next(m for m in layer.modules() if isinstance(m, FSDPModule)) for layer in layers]
+        for layers in layer_stacks(model)
+    )
+    # what is gathered ahead must be used, or it stays in memory: not layers that never run, nor, going backward, frozen
+    tower = tower[: used_layers(len(tower), model.config.vision_feature_layer)]
+    trained = [unit for unit in tower if any(p.requires_grad for p in unit.parameters())]
+    forward, backward = [*tower, *decoder], [*trained, *decoder][::-1]
+    for number, unit in enumerate(forward):
+        unit.set_modules_to_forward_prefetch(forward[number + 1 : number + 1 + ahead])
+    for number, unit in enumerate(backward):
+        unit.set_modules_to_backward_prefetch(backward[number + 1 : number + 1 + ahead])
 
 
 class Feed:
@@ -269,12 +311,14 @@ class Run:
         step_s: wall time of each of these steps, from one request for data to the next.
         parts: seconds a step of vision, llm and head in the forward.
         memory: most bytes allocated on the GPU; None on a CPU.
+        operators: of the step that was profiled, see `top_operators`; empty without.
     """
 
     records: list[dict]
     step_s: list[float]
     parts: dict[str, float]
     memory: int | None
+    operators: list[dict]
 
     def mean(self, name: str) -> float:
         """Mean of a field of the records."""
@@ -318,4 +362,24 @@ def run_steps(
     times = np.diff([*feed.asked_at, time.perf_counter()])
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return Run(records[counted], times[counted].tolist(), parts.seconds(counted), memory)
+    operators = top_operators(trainer.profiler.operators, on_gpu)
+    return Run(records[counted], times[counted].tolist(), parts.seconds(counted), memory, operators)
+
+
+def top_operators(averages: list, on_gpu: bool, count: int = 10) -> list[dict]:
+    """The operators that took most by themselves: name, share of the step's time on the device, seconds, calls.
+
+    Args:
+        averages: the profiler's `key_averages()`. On a GPU time is that of the kernels which an operator started.
+    """
+    kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # on a GPU kernels have entries of their own: the whole, but their names say little
+    counted = [e for e in averages if (e.device_type == DeviceType.CUDA) == on_gpu and not e.is_user_annotation]
+    whole = sum(getattr(event, kind) for event in counted)
+    operators = [event for event in averages if event.device_type == DeviceType.CPU]
+    operators = sorted(operators, key=lambda event: getattr(event, kind), reverse=True)[:count]
+    return [
+        {"name": e.key, "share": spent / max(whole, 1e-9), "seconds": spent / 1e6, "calls": e.count}
+        for e in operators
+        if (spent := getattr(e, kind))
+    ]

@@ -1,0 +1,170 @@
+"""Levers that bring code of others into the step, or move FSDP2's gathers: what they replace, and that they leave."""
+
+import argparse
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import benchmark
+import pytest
+import torch
+import torch.distributed as dist
+from benchmarking import ablate, float8, gpu_all, levers, training
+from benchmarking.samples import STAGES
+from tiny import geometry, pack_tiny, pairing_config, random_samples
+from torch.autograd import DeviceType
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn import functional as F
+from transformers.models.llama import modeling_llama
+
+from llava_next.model.attention import attention_names
+from llava_next.model.dry import LLMS
+from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.launch import layer_stacks
+from llava_next.training.optim import Rates, freeze
+
+CPU = torch.device("cpu")
+CLIP = "openai/clip-vit-large-patch14-336"
+VICUNA, _, QWEN2, MISTRAL = LLMS
+
+
+def bench_of(llm: str = VICUNA, rates: Rates | None = None) -> levers.Bench:
+    """Three samples in two micro-batches, and a tiny model of the language model's kind."""
+    config = pairing_config(CLIP, llm)
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).train()
+    model.set_attn_implementation(attention_names("sdpa"))
+    freeze(model, rates or Rates())
+    anyres = geometry(config)
+    samples = [(replace(e, source=0), sizes) for e, sizes in random_samples(0, 3, images=(1,), anyres=anyres)]
+    found = levers.Bench(SimpleNamespace(device=CPU), model, samples, [], padded_batch=3)
+    examples = [example for example, _ in samples]
+    found.micros = [pack_tiny(part, anyres).weighted(found.weights) for part in (examples[:2], examples[2:])]
+    return found
+
+
+# the arithmetic of Liger's kernels in torch
+STAND_INS = {
+    "LigerRMSNormFunction": lambda x, weight, eps: weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps),
+    "LigerSiLUMulFunction": lambda gate, up: F.silu(gate) * up,
+    "LigerRopeFunction": lambda q, k, cos, sin, rotate=modeling_llama.apply_rotary_pos_emb: rotate(q, k, cos, sin),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A stand-in for liger-kernel; the names of its functions, in the order of their calls."""
+    found, operations = [], ModuleType("liger_kernel.ops")
+    for name, function in STAND_INS.items():
+        call = lambda *args, name=name, function=function: found.append(name) or function(*args)  # noqa: E731
+        setattr(operations, name, SimpleNamespace(apply=call))
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", operations)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return found
+
+
+@pytest.mark.parametrize("llm", [VICUNA, QWEN2, MISTRAL])
+@pytest.mark.parametrize(("name", "a_layer"), [("liger_norm", 2), ("liger_swiglu", 1), ("liger_rope", 1)])
+def test_liger_replaces_its_operation_in_this_model_and_no_trace_stays(calls, llm, name, a_layer):
+    """Called once for each norm, MLP or attention of a micro-batch; loss to 1e-6, gradients to 1e-5."""
+    bench = bench_of(llm)
+    plain = ablate.measure(bench.model, bench.micros, CPU, 1)
+    with levers.SWITCHES[name][1](bench) as micros:
+        other = ablate.measure(bench.model, micros, CPU, 1)
+    layers = len(layer_stacks(bench.model)[1])
+    assert calls == [levers.LIGER[name][0]] * len(micros) * (a_layer * layers + (name == "liger_norm"))
+    assert other.loss == pytest.approx(plain.loss, rel=1e-6) and other.distance(plain) < 1e-5
+    calls.clear()
+    again = ablate.measure(bench.model, bench.micros, CPU, 1)
+    assert not calls and again.distance(plain) == 0
+    assert not [m for m in bench.model.modules() if "forward" in vars(m)]
+
+
+def test_liger_rope_leaves_what_selective_checkpointing_keeps(calls, monkeypatch):
+    """Its kernel writes into queries and keys; there it gets copies of them."""
+    seen = []
+    rope = SimpleNamespace(apply=lambda q, k, cos, sin: seen.append((q, k)) or (q, k))
+    monkeypatch.setattr(sys.modules["liger_kernel.ops"], "LigerRopeFunction", rope)
+    bench, (q, k) = bench_of(), torch.randn(2, 1, 4, 3, 8)
+    for policy, copied in (("none", False), ("selective", True), ("full", False)):
+        bench.policy = policy
+        (_, forward), *_ = levers.rotations(bench, rope.apply)
+        forward.__func__.__globals__["apply_rotary_pos_emb"](q, k, None, None)
+        assert [(a is not b) for a, b in zip(seen.pop(), (q, k), strict=True)] == [copied, copied]
+
+
+def test_row_says_that_liger_is_missing_or_the_time_over(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    bench = bench_of()
+    rows = ablate.switches(bench, ["liger_rope"], 1)
+    rows += ablate.switches(bench, ["packing"], 1, deadline=0.0)
+    assert [row["error"] for row in rows] == ["liger-kernel is not installed", "not begun: no time left"]
+    assert "liger-kernel is not installed" in ablate.line(rows[0])
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("vision", [2e-6, None])
+def test_prefetch_changes_no_bit_and_names_only_layers_that_run(one_process, monkeypatch, vision):
+    """Two layers ahead both ways; the tower's last layer never runs, and when frozen none of it goes backward."""
+    named = {"forward": [], "backward": []}
+    for way, lists in named.items():
+        method = f"set_modules_to_{way}_prefetch"
+        own = getattr(FSDPModule, method)
+        monkeypatch.setattr(FSDPModule, method, lambda s, m, own=own, ls=lists: (ls.append((s, m)), own(s, m)))
+    bench = bench_of(rates=Rates(vision=vision))
+    for layer in (layer for layers in layer_stacks(bench.model) for layer in layers):
+        fully_shard(layer)
+    fully_shard(bench.model)
+    plain = ablate.measure(bench.model, bench.micros, CPU, 1)
+    training.prefetch(bench.model, 2)
+    ahead = ablate.measure(bench.model, bench.micros, CPU, 1)
+    assert ahead.loss == plain.loss
+    assert all(torch.equal(ahead.gradients[name], value) for name, value in plain.gradients.items())
+    tower, decoder = map(list, layer_stacks(bench.model))
+    order = [*tower[:-1], *decoder]
+    assert named["forward"] == [(layer, order[i + 1 : i + 3]) for i, layer in enumerate(order)]
+    order = [*tower[: -1 if vision else 0], *decoder][::-1]
+    assert named["backward"] == [(layer, order[i + 1 : i + 3]) for i, layer in enumerate(order)]
+
+
+def test_float8_comparison_moves_all_rates_but_the_towers_and_takes_the_worst_step():
+    assert float8.faster(Rates(), 1e-3) == Rates(llm=1e-3, projector=1e-3, newline=1e-3)
+    assert float8.faster(STAGES[1].rates, 0.1) == Rates(llm=None, projector=0.1, vision=None, newline=0.1)
+    assert float8.distance([4.0, 2.0, 5.0], [4.0, 2.02, 4.96]) == pytest.approx(0.01)
+
+
+def test_top_operators_are_shares_of_the_device_that_was_timed():
+    def event(key, host, device, on=DeviceType.CPU, note=False):
+        times = {"self_cpu_time_total": host, "self_device_time_total": device}
+        return SimpleNamespace(key=key, count=2, device_type=on, is_user_annotation=note, **times)
+
+    cuda = DeviceType.CUDA
+    events = [
+        event("aten::mm", 10.0, 300.0),
+        event("aten::mul", 30.0, 60.0),
+        event("gemm", 0.0, 300.0, cuda),
+        event("mul", 0.0, 60.0, cuda),
+        event("not of an operator", 0.0, 40.0, cuda),
+        event("a note", 0.0, 400.0, cuda, note=True),
+    ]
+    found = [(o["name"], o["share"]) for o in training.top_operators(events, on_gpu=True)]
+    assert found == [("aten::mm", 0.75), ("aten::mul", 0.15)]
+    found = [(o["name"], o["share"], o["calls"]) for o in training.top_operators(events, on_gpu=False, count=1)]
+    assert found == [("aten::mul", 0.75, 2)]
+
+
+def test_jobs_of_gpu_all_are_commands_of_the_benchmark_and_the_first_fit_its_limit():
+    args = argparse.Namespace(device="cpu", out="cards", options="--samples 1 --shortened 20")
+    for job in gpu_all.JOBS:
+        parsed = benchmark.parse(gpu_all.command_of(job, args)[2:])
+        assert (parsed.what, parsed.samples, parsed.device) == (job.arguments[0], 1, "cpu")
+    names, most = [job.name for job in gpu_all.JOBS], [job.most for job in gpu_all.JOBS]
+    assert names[:4] == ["vicuna-7b", "compile", "float8", "levers"] and sum(most[:4]) <= 570
+    assert len(set(names)) == len(names) and all(job.least <= job.most for job in gpu_all.JOBS)
