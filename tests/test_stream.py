@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,11 +212,11 @@ def traces(folder) -> set[Path]:
     return {*Path("/dev/shm").iterdir(), *Path(folder).iterdir()}
 
 
-def test_signals_do_not_reach_workers_and_a_killed_rank_leaves_nothing(demo, tmp_path):
+def test_signals_do_not_reach_workers_and_a_killed_rank_leaves_nothing(demo, tmp_path, request):
     """Ctrl-C and SIGTERM for the whole job leave the loading to the rank; after SIGKILL of the rank no process, file,
     socket or shared memory of it is left."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp())  # a socket's path has about 100 characters at most
+    request.addfinalizer(lambda: shutil.rmtree(temporary))
     before = traces(temporary)
     script = f"""
 import pickle, sys, time
