@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.autograd import DeviceType
-from torch.distributed.fsdp import FSDPModule
 from transformers import LlavaNextConfig
 
 from benchmarking.samples import STAGES, model_config, packed_step, profile_samples
@@ -177,10 +176,7 @@ def prefetch(model: nn.Module, ahead: int) -> None:
 
     By itself FSDP2 gathers one layer ahead in backward, and in forward as soon as the host comes to the next layer.
     """
-    tower, decoder = (
-        [next(m for m in layer.modules() if isinstance(m, FSDPModule)) for layer in layers]
-        for layers in layer_stacks(model)
-    )
+    tower, decoder = (list(layers) for layers in layer_stacks(model))  # each a unit of FSDP2
     # what is gathered ahead must be used, or it stays in memory: not layers that never run, nor, going backward, frozen
     tower = tower[: used_layers(len(tower), model.config.vision_feature_layer)]
     trained = [unit for unit in tower if any(p.requires_grad for p in unit.parameters())]
