@@ -192,6 +192,12 @@ def test_profile_sizes_follow_the_stage():
     assert STAGES[1].batch_size == 256 and STAGES[2].rates == Rates()
 
 
+def test_cards_name_no_folder_of_the_machine():
+    assert cards.command_line(["step", "--out", "/x", "--steps", "2", "--out=y"]) == (
+        "python scripts/benchmark.py step --steps 2"
+    )
+
+
 def test_cards_compare_number_by_number():
     first = {"figures": {"a": 2.0, "b": {"c": 4, "name": "x"}, "list": [1, 3], "zero": 0, "gone": 1, "flag": True}}
     second = {"figures": {"a": 3.0, "b": {"c": 1}, "list": [2, 3], "zero": 5, "flag": True}}

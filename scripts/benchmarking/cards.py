@@ -29,7 +29,7 @@ def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:
         out: folder of the cards.
     """
     card = {
-        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "command": command_line(sys.argv[1:]),
         "hardware": hardware(),
         "load_average": [round(x, 2) for x in os.getloadavg()],  # of the machine, when the card was written
         "versions": {"python": platform.python_version(), **dict(_versions())},
@@ -62,6 +62,17 @@ def commit() -> str | None:
 
     head = git("rev-parse", "--short", "HEAD")
     return f"{head}{'+' if git('status', '--porcelain', '-uno') else ''}" if head else None
+
+
+def command_line(arguments: list[str]) -> str:
+    """How the figures were made; without `--out` and its folder, which say nothing of them."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return shlex.join(["python", "scripts/benchmark.py", *kept])
 
 
 def rounded(value, digits: int = 4):
