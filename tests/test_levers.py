@@ -43,6 +43,17 @@ def bench_of(llm: str = VICUNA, rates: Rates | None = None) -> levers.Bench:
     return found
 
 
+def test_attention_by_another_kernel_is_put_back_and_missing_kernels_say_so():
+    bench = bench_of()
+    config = bench.model.config.text_config
+    bench.model.set_attn_implementation({"text_config": "segment", "vision_config": "sdpa"})
+    with levers.SWITCHES["varlen"][1](bench) as micros:
+        assert micros is bench.micros and config._attn_implementation == "segment_loop"
+    assert config._attn_implementation == "segment"
+    with pytest.raises(levers.Unavailable, match="flash cannot run here"), levers.SWITCHES["varlen_or_flash"][1](bench):
+        pass
+
+
 # the arithmetic of Liger's kernels in torch
 STAND_INS = {
     "LigerRMSNormFunction": lambda x, weight, eps: weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps),

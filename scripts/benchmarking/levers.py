@@ -22,7 +22,7 @@ from torch import nn
 from benchmarking.samples import geometry, supervised
 from llava_next.data.batch import IGNORE, Example, PackedBatch, pack
 from llava_next.model import head, modeling
-from llava_next.model.attention import attention_names
+from llava_next.model.attention import attention_names, choose_attention
 from llava_next.training.agreement import slot_weights
 from llava_next.training.launch import layer_stacks
 
@@ -132,10 +132,18 @@ def pageable(bench: Bench) -> Iterator[Micros]:
 
 
 @contextlib.contextmanager
-def attention_loop(bench: Bench) -> Iterator[Micros]:
-    """One SDPA call a segment in place of the variable-length kernel (GPU only)."""
+def attention_by(kernel: str, bench: Bench) -> Iterator[Micros]:
+    """Another kernel in place of torch's variable-length one.
+
+    Raises:
+        Unavailable: it cannot run here.
+    """
+    try:
+        choose_attention(kernel, bench.accelerator.device)
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
     before = bench.model.config.text_config._attn_implementation
-    bench.model.set_attn_implementation(attention_names("sdpa"))
+    bench.model.set_attn_implementation(attention_names(kernel))
     try:
         yield bench.micros
     finally:
@@ -236,12 +244,13 @@ SWITCHES: dict[str, tuple[str, Callable]] = {
     "unused_layer": ("the tower's last layer is computed", every_vision_layer),
     "uint8_tiles": ("tiles copied as float32", float_tiles),
     "pinned": ("copies from pageable memory", pageable),
-    "varlen": ("one SDPA call a segment", attention_loop),
+    "varlen": ("one SDPA call a segment", partial(attention_by, "sdpa")),
+    "varlen_or_flash": ("attention by flash-attn", partial(attention_by, "flash")),
     "liger_norm": ("RMSNorm by Liger's kernel", partial(liger, "liger_norm")),
     "liger_swiglu": ("SwiGLU by Liger's kernel", partial(liger, "liger_swiglu")),
     "liger_rope": ("rotary embedding by Liger's kernel", partial(liger, "liger_rope")),
 }
-GPU_ONLY = ("pinned", "varlen")
+GPU_ONLY = ("pinned", "varlen", "varlen_or_flash")
 # name: changes to `training.How`
 REBUILT: dict[str, dict] = {
     "compile": {"compiled": True},
