@@ -3,7 +3,6 @@
 import json
 import pickle
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -247,18 +246,3 @@ def test_templates_are_known_by_name_and_survive_pickling():
         s = setup({"vicuna_v1": "vicuna", "llama_3": "llama3", "qwen": "qwen2"}.get(template.name, "mistral"))
         conversations = turns(IMG, "A cat.")
         assert encode(s, conversations, 1, copy)[0].tolist() == encode(s, conversations, 1, template)[0].tolist()
-
-
-@pytest.mark.parametrize("name", ["vicuna", "llama3", "mistral", "qwen2"])
-def test_encoding_takes_less_than_two_milliseconds(name: str):
-    """Measured 0.3 to 0.9 ms; the bound leaves room for a busy machine."""
-    s = setup(name)
-    words = "What is shown in the picture and why is it so red?"
-    conversations = turns(f"<image>\n{words}", *[words] * 19)
-    assert len(encode(s, conversations, 1)[0]) > 250
-    seconds = []
-    for _ in range(30):
-        start = time.perf_counter()
-        s.template.encode(conversations, s.tokenizer, s.image_id, [2340])
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2e-3
