@@ -19,13 +19,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from benchmarking.cards import CARDS, table, write_card
-from benchmarking.launching import launched, relaunch
 from benchmarking.levers import GPU_ONLY, REBUILT, SWITCHES, Bench, Micros, Unavailable, ready
 from benchmarking.samples import packed_step, profile_samples
-from benchmarking.step import add_work_arguments, card_name, plan_of, work_of
+from benchmarking.step import add_work_arguments, begin, card_name
 from benchmarking.training import How, Work, build
 from llava_next.training.budget import POLICIES
-from llava_next.training.parallel import build_accelerator, finish
+from llava_next.training.parallel import finish
 
 LATE = "not begun: no time left"
 
@@ -92,11 +91,7 @@ def gradients(model: nn.Module, norms: bool) -> dict[str, torch.Tensor]:
 
 def run(args) -> None:
     """Measures the levers and writes their card."""
-    if not launched():
-        relaunch(args.device)
-    work = work_of(args)
-    depth, policy = plan_of(args, work)
-    config, accelerator = work.config(depth), build_accelerator()
+    work, config, policy, accelerator = begin(args)
     deadline = time.monotonic() + args.seconds
     wanted = args.levers or [*SWITCHES, *REBUILT, "optimizer"]
     model, optimizer = build(accelerator, config, work.rates, How(policy))
@@ -104,7 +99,7 @@ def run(args) -> None:
     base = measure(model, bench.micros, accelerator.device, args.repeats, args.warmup)
     rows = [row("as it is", base, base)]
     rows += switches(bench, [name for name in SWITCHES if name in wanted], args.repeats, deadline)
-    figures = {"layers": depth, "checkpointing": policy, "samples": work.samples}
+    figures = {"layers": config.text_config.num_hidden_layers, "checkpointing": policy, "samples": work.samples}
     if accelerator.device.type == "cuda":
         figures["host_waits"] = host_waits(bench)
     if "optimizer" in wanted:

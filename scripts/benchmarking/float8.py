@@ -12,11 +12,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarking.cards import CARDS, table, write_card
-from benchmarking.launching import launched, relaunch
-from benchmarking.step import add_work_arguments, card_name, plan_of, work_of
+from benchmarking.step import add_work_arguments, begin, card_name
 from benchmarking.training import How, build, run_steps
 from llava_next.training.optim import Rates
-from llava_next.training.parallel import build_accelerator, finish
+from llava_next.training.parallel import finish
 
 
 def add_arguments(parser) -> None:
@@ -30,11 +29,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Trains twice and writes both curves."""
-    if not launched():
-        relaunch(args.device)
-    work = work_of(args)
-    depth, policy = plan_of(args, work)
-    config, accelerator = work.config(depth), build_accelerator()
+    work, config, policy, accelerator = begin(args)
     rates = faster(work.rates, args.rate)
     steps = work.steps(args.distinct, config)
     steps = [steps[number % args.distinct] for number in range(args.steps)]
@@ -49,7 +44,7 @@ def run(args) -> None:
         accelerator.free_memory()
         gc.collect()
     figures = {
-        "layers": depth,
+        "layers": config.text_config.num_hidden_layers,
         "samples_a_step": work.samples,
         "rate": args.rate,
         "emulated": args.device == "cpu",

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch._dynamo.utils import counters
+from transformers import LlavaNextConfig
 
 from benchmarking.cards import CARDS, table, write_card
 from benchmarking.launching import launched, relaunch
@@ -22,7 +24,7 @@ from benchmarking.stock import against_stock
 from benchmarking.training import How, Run, Work, build, empty_units, pick, run_steps
 from llava_next.training.activations import Compute
 from llava_next.training.budget import POLICIES, Layout, estimate
-from llava_next.training.flops import flops_model
+from llava_next.training.flops import Checkpointing, flops_model
 from llava_next.training.hardware import peak_flops
 from llava_next.training.parallel import build_accelerator, finish
 
@@ -68,7 +70,7 @@ def work_of(args) -> Work:
     )
 
 
-def plan_of(args, work: Work) -> tuple[int, str]:
+def plan_of(args, work: Work) -> tuple[int, Checkpointing]:
     """(depth, policy) on the device at hand."""
     layers = work.config().text_config.num_hidden_layers
     wanted = getattr(args, "checkpointing", "auto")
@@ -79,14 +81,21 @@ def plan_of(args, work: Work) -> tuple[int, str]:
     return min(args.depth or layers, depth), policy
 
 
-def run(args) -> None:
-    """Measures a step and writes its card."""
+def begin(args) -> tuple[Work, LlavaNextConfig, Checkpointing, Accelerator]:
+    """What is trained, the model cut to the depth that fits, how it is checkpointed; in a process that was launched.
+
+    The first process does not come back: it launches this command again, and ends with it.
+    """
     if not launched():
         relaunch(args.device)
     work = work_of(args)
     depth, policy = plan_of(args, work)
-    config = work.config(depth)
-    accelerator = build_accelerator()
+    return work, work.config(depth), policy, build_accelerator()
+
+
+def run(args) -> None:
+    """Measures a step and writes its card."""
+    work, config, policy, accelerator = begin(args)
     how = How(policy, compiled=args.compile, float8=args.float8)
     model, optimizer = build(accelerator, config, work.rates, how)
     steps = work.steps(args.warmup + args.steps + (args.profile is not None), config)
