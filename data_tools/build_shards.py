@@ -17,19 +17,18 @@ import sys
 import time
 from pathlib import Path
 
-from building import Job, Output, Plan, build_missing, check_share, finish
-from cutting import Cutter, add_geometry_arguments, geometry
-from inputs import Listing, check_expected, list_json
-
-from llava_next.data.dataset import DatasetInfo
-from llava_next.data.shards import CODECS
+from building.cutting import Cutter, add_geometry_arguments, geometry
+from building.inputs import Listing, check_expected, list_json
+from building.jobs import Job, Output, Plan, build_missing, check_share, finish
+from llava_next.data.format.dataset import DatasetInfo
+from llava_next.data.format.shards import CODECS
 
 
 def read_input(options: argparse.Namespace) -> Listing:
     """Lists the samples of the input that the command line names. Raises ValueError."""
     if options.json is not None:
         return list_json(options.json, options.seed)
-    from embedded import list_hub, list_shards
+    from building.embedded import list_hub, list_shards
 
     return list_hub(options.hf, options.split) if options.hf is not None else list_shards(options.shards)
 
@@ -38,7 +37,7 @@ def fingerprints(tokenizers: tuple[str, ...]) -> tuple[str, ...]:
     """What the index calls the tokenizers, whose folders may have any name. Raises ValueError."""
     if not tokenizers:
         return ()
-    from text_lengths import text_lengths
+    from building.text_lengths import text_lengths
 
     return tuple(length.fingerprint for length in text_lengths(tokenizers))
 

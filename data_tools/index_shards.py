@@ -22,19 +22,19 @@ from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
-from building import REPORT_FILE
-from cutting import add_geometry_arguments, check_text, geometry
-from progress import Progress, worker_pool
-from shard_walk import Found, Stream, samples_in, shard_files
 
+from building.cutting import add_geometry_arguments, check_text, geometry
+from building.jobs import REPORT_FILE
+from building.progress import Progress, worker_pool
+from building.shard_walk import Found, Stream, samples_in, shard_files
 from llava_next.anyres import AnyRes
-from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_shard_name
-from llava_next.data.index import ROW_SCHEMA
-from llava_next.data.pictures import open_picture
-from llava_next.data.shards import RawSample, read_sample
-from llava_next.data.storage import Storage
-from llava_next.data.tar import BadSample
-from llava_next.data.writer import finish_replacing, index_row, text_tokens_field, write_dataset
+from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_shard_name
+from llava_next.data.format.index import ROW_SCHEMA
+from llava_next.data.format.pictures import open_picture
+from llava_next.data.format.shards import RawSample, read_sample
+from llava_next.data.format.tar import BadSample
+from llava_next.data.format.writer import finish_replacing, index_row, text_tokens_field, write_dataset
+from llava_next.data.storage.client import Storage
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _problem(shard: str, offset: int | None, key: str | None, error: BadSample) 
 def _text_lengths(arguments: tuple[str, ...]) -> tuple:
     if not arguments:
         return ()
-    from text_lengths import text_lengths  # imports transformers, which takes seconds
+    from building.text_lengths import text_lengths  # imports transformers, which takes seconds
 
     return text_lengths(arguments)
 
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not storage.exists(DATASET_FILE):
             index(options, storage)
         elif options.tokenizers:
-            from adding_lengths import add_lengths
+            from building.adding_lengths import add_lengths
 
             add_lengths(storage, options.tokenizers, options.workers)
         else:

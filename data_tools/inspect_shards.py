@@ -17,14 +17,12 @@ import os
 import sys
 from pathlib import Path
 
-import report_page
-import survey
-from examining import examine, summarise
-from step_listing import follow_run, list_step
-
-from llava_next.data.storage import Storage, written_aside
-from llava_next.data.tar import one_line
-from llava_next.training.config import RunConfig, parse_run
+from doctor import report_page, survey
+from doctor.examining import examine, summarise
+from doctor.step_listing import follow_run, list_step
+from llava_next.data.format.tar import one_line
+from llava_next.data.storage.client import Storage, written_aside
+from llava_next.training.recipe.config import RunConfig, parse_run
 from llava_next.training.setup import Parts, load_parts, open_mixture
 
 RECIPES = Path(__file__).parents[1] / "scripts/recipes/vicuna-7b"

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from cutting import TOWERS
 from PIL import Image, ImageDraw
 from skimage import data
 
-from llava_next.data.pictures import open_picture
-from llava_next.data.shards import CODECS, RawSample, StripInfo, decode_strip, encode_strip
-from llava_next.data.writer import ShardFile
+from building.cutting import TOWERS
+from llava_next.data.format.pictures import open_picture
+from llava_next.data.format.shards import CODECS, RawSample, StripInfo, decode_strip, encode_strip
+from llava_next.data.format.writer import ShardFile
 
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "cat")
 SIZE = (640, 480)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from llava_next.model.check import check_folder
+from llava_next.model.folders.check import check_folder
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from llava_next.model import dry
-from llava_next.model.compose import compose, llm_part, load_tokenizer, random_part, vision_part
+from llava_next.model.folders import dry
+from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
 
 
 def main() -> None:

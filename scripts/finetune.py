@@ -15,18 +15,17 @@ from pathlib import Path
 
 import yaml
 
-from llava_next.data.loader import start_worker_server
-from llava_next.data.storage import StorageError
-from llava_next.model.export import save_model
-from llava_next.training.agreement import RanksDisagree, RunStopped, same_on_all_ranks
+from llava_next.data.loading.loader import start_worker_server
+from llava_next.data.storage.client import StorageError
+from llava_next.model.folders.export import save_model
 from llava_next.training.banner import plan_banner
-from llava_next.training.checkpoint import Checkpoints
-from llava_next.training.config import RunConfig, parse_run, save_run
-from llava_next.training.health import record_communication
-from llava_next.training.launch import check_launch
+from llava_next.training.checkpoints.recovery import CheckpointError, Resume, find_resume, resume_command, run_facts
+from llava_next.training.checkpoints.saving import Checkpoints
+from llava_next.training.devices.agreement import RanksDisagree, RunStopped, same_on_all_ranks
+from llava_next.training.devices.launch import check_launch
+from llava_next.training.devices.parallel import build_accelerator, finish
 from llava_next.training.loop import Trainer
-from llava_next.training.parallel import build_accelerator, finish
-from llava_next.training.recovery import CheckpointError, Resume, find_resume, resume_command, run_facts
+from llava_next.training.recipe.config import RunConfig, parse_run, save_run
 from llava_next.training.setup import (
     build_model,
     empty_model,
@@ -37,6 +36,7 @@ from llava_next.training.setup import (
     report_export,
 )
 from llava_next.training.validate import Validation
+from llava_next.training.watch.health import record_communication
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -8,7 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from builds import make_inputs, run
+
+from support.builds import make_inputs, run
 
 torch.set_num_threads(1)
 

@@ -4,9 +4,8 @@ import importlib
 import re
 from itertools import pairwise
 
-from launching import ROOT
-
-from llava_next.training.config import parse_run
+from llava_next.training.recipe.config import parse_run
+from support.launching import ROOT
 
 NEEDED = ["--model", "m", "--run_dir", "r", "--data.sources", "s"]
 README = (ROOT / "README.md").read_text()

@@ -7,14 +7,19 @@ import unicodedata
 
 import numpy as np
 import pytest
-import real_tokenizers
 import sentencepiece
 import tiktoken
 import transformers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from packaging import version
-from template_setups import (
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
+
+from llava_next.templates import TEMPLATES, get_template
+from llava_next.tokenise import IMAGE_TOKEN
+from support import real_tokenizers
+from support.template_setups import (
     IMAGE,
     POSITION_MATTERS,
     SENTENCEPIECE,
@@ -27,11 +32,6 @@ from template_setups import (
     supervised_runs,
     turns,
 )
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
-
-from llava_next.templates import TEMPLATES, get_template
-from llava_next.tokenise import IMAGE_TOKEN
 
 # ---- the stock processor ---------------------------------------------------------------------------------------------
 

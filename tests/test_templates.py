@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from template_setups import SETUPS, chat, encode, learned_texts, setup, turns
 
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import IGNORE_INDEX
+from support.template_setups import SETUPS, chat, encode, learned_texts, setup, turns
 
 GOLDENS = json.loads((Path(__file__).parent / "data" / "templates.json").read_text(encoding="utf-8"))
 CASES = {case["id"]: case for case in GOLDENS["cases"]}

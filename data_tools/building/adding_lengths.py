@@ -13,15 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from progress import Progress, worker_pool
-from text_lengths import text_lengths
 
-from llava_next.data.dataset import DatasetInfo, ShardInfo
-from llava_next.data.index import INDEX_FILE, TEXT_TOKENS_PREFIX, read_dataset
-from llava_next.data.shards import parse_description, read_sample
-from llava_next.data.storage import Storage, StorageError
-from llava_next.data.tar import BadSample, tar_members
-from llava_next.data.writer import replace_index, text_tokens_field
+from building.progress import Progress, worker_pool
+from building.text_lengths import text_lengths
+from llava_next.data.format.dataset import DatasetInfo, ShardInfo
+from llava_next.data.format.index import INDEX_FILE, TEXT_TOKENS_PREFIX, read_dataset
+from llava_next.data.format.shards import parse_description, read_sample
+from llava_next.data.format.tar import BadSample, tar_members
+from llava_next.data.format.writer import replace_index, text_tokens_field
+from llava_next.data.storage.client import Storage, StorageError
 
 READ_THREADS = 32  # of a worker; each waits for the network
 _BLOCK = 512

@@ -5,12 +5,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from inputs import Picture, image_names, leaves_root, source_name
-
+from building.inputs import Picture, image_names, leaves_root, source_name
 from llava_next.anyres import HF_336, ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.data.pictures import open_picture, stored_turn
-from llava_next.data.shards import RawSample, StripInfo, encode_strip
-from llava_next.data.tar import BadSample
+from llava_next.data.format.pictures import open_picture, stored_turn
+from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.format.tar import BadSample
 from llava_next.templates import place_images, read_turns
 
 TOWERS = {"clip-336": AnyRes(336, 14, ORIGINAL_336), "siglip-384": AnyRes(384, 14, ORIGINAL_384)}

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from inputs import Lister, Listing, Picture, source_name
-from shard_walk import Stream, samples_in, shard_files
 
-from llava_next.data.shards import RawSample, read_sample
-from llava_next.data.storage import Storage
-from llava_next.data.tar import BadSample
+from building.inputs import Lister, Listing, Picture, source_name
+from building.shard_walk import Stream, samples_in, shard_files
+from llava_next.data.format.shards import RawSample, read_sample
+from llava_next.data.format.tar import BadSample
+from llava_next.data.storage.client import Storage
 
 SHARDS_AT_ONCE = 4
 IMAGE_COLUMNS = ("image", "images")

@@ -20,8 +20,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from llava_next.data.plan import permutation
-from llava_next.data.tar import BadSample
+from llava_next.data.format.tar import BadSample
+from llava_next.data.plan.order import permutation
 
 READ_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20  # of one sample in a JSON file; what is larger is not a list of samples

@@ -22,17 +22,17 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cutting import Cutter
-from inputs import Listing, Picture, Reader
-from progress import PROCESSES, Progress, worker_pool
 
+from building.cutting import Cutter
+from building.inputs import Listing, Picture, Reader
+from building.progress import PROCESSES, Progress, worker_pool
 from llava_next.anyres import AnyRes
-from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo
-from llava_next.data.index import INDEX_FILE, ROW_SCHEMA
-from llava_next.data.plan import permutation
-from llava_next.data.storage import Storage
-from llava_next.data.tar import BadSample
-from llava_next.data.writer import ShardFile, shard_name, write_dataset
+from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo
+from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA
+from llava_next.data.format.tar import BadSample
+from llava_next.data.format.writer import ShardFile, shard_name, write_dataset
+from llava_next.data.plan.order import permutation
+from llava_next.data.storage.client import Storage
 
 REPORT_FILE = "rejected.jsonl"
 STATE_FOLDER = "building"
@@ -219,7 +219,7 @@ def write_shard(path: Path, rows: list[int], addresses: np.ndarray) -> Record:
     """The tar of a shard."""
     lengths = ()
     if _job.tokenizers:
-        from text_lengths import text_lengths  # imports transformers, which takes seconds
+        from building.text_lengths import text_lengths  # imports transformers, which takes seconds
 
         lengths = text_lengths(_job.tokenizers)
     rejected = []

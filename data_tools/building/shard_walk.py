@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llava_next.data.shards import split_member_name
-from llava_next.data.storage import Storage
-from llava_next.data.tar import BadSample, walk_tar
+from llava_next.data.format.shards import split_member_name
+from llava_next.data.format.tar import BadSample, walk_tar
+from llava_next.data.storage.client import Storage
 
 READ_BYTES = 8 << 20
 

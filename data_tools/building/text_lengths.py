@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer
 
-from llava_next.data.tar import BadSample
+from llava_next.data.format.tar import BadSample
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import IMAGE_TOKEN, fingerprint
 

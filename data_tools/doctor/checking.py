@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from cutting import check_text
-from progress import Progress, worker_pool
-from shard_walk import Stream
 
-from llava_next.data.batch import IGNORE, Example
-from llava_next.data.dataset import DatasetInfo
-from llava_next.data.encode import Encoder, picture_tiles
-from llava_next.data.index import Index
-from llava_next.data.shards import RawSample, read_sample
-from llava_next.data.storage import Storage, StorageError
-from llava_next.data.tar import BadSample
-from llava_next.data.writer import index_row
+from building.cutting import check_text
+from building.progress import Progress, worker_pool
+from building.shard_walk import Stream
+from llava_next.data.format.dataset import DatasetInfo
+from llava_next.data.format.index import Index
+from llava_next.data.format.shards import RawSample, read_sample
+from llava_next.data.format.tar import BadSample
+from llava_next.data.format.writer import index_row
+from llava_next.data.loading.batch import IGNORE, Example
+from llava_next.data.loading.encode import Encoder, picture_tiles
+from llava_next.data.storage.client import Storage, StorageError
 
 UNCUT = 1 << 40  # tokens: longer than any sample
 UNKNOWN = -1

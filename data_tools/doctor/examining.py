@@ -3,12 +3,11 @@
 import argparse
 from pathlib import PurePosixPath
 
-import survey
-from checking import Checker, Findings, check_some, look_at, verify
-from report_samples import TokenTexts, choose, describe
-
-from llava_next.data.index import Index, read_dataset
-from llava_next.data.storage import Storage
+from doctor import survey
+from doctor.checking import Checker, Findings, check_some, look_at, verify
+from doctor.report_samples import TokenTexts, choose, describe
+from llava_next.data.format.index import Index, read_dataset
+from llava_next.data.storage.client import Storage
 
 SUSPECTS = 200  # samples of the same size in every respect, and longest ones, that are read without --verify
 MAX_SKIP_SHARE = 0.001  # of a run, where no recipe says otherwise

@@ -10,17 +10,17 @@ import io
 from collections.abc import Iterable
 
 import numpy as np
-from checking import Checked, Checker, Findings
 from einops import rearrange
 from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from doctor.checking import Checked, Checker, Findings
 from llava_next.anyres import AnyRes
-from llava_next.data.batch import IGNORE
-from llava_next.data.encode import picture_tiles
-from llava_next.data.index import Index
-from llava_next.data.plan import permutation
-from llava_next.data.tar import BadSample
+from llava_next.data.format.index import Index
+from llava_next.data.format.tar import BadSample
+from llava_next.data.loading.batch import IGNORE
+from llava_next.data.loading.encode import picture_tiles
+from llava_next.data.plan.order import permutation
 
 THUMBNAIL_SIDE = 168  # px of a tile on the page: half of CLIP's
 QUALITY = 72

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llava_next.data.mixture import Mixture
-from llava_next.data.plan import CostModel
-from llava_next.data.tar import one_line
-from llava_next.training.config import RunConfig
-from llava_next.training.recovery import checkpoint_places, complete_checkpoints, read_manifest
+from llava_next.data.format.tar import one_line
+from llava_next.data.plan.dealing import CostModel
+from llava_next.data.plan.mixture import Mixture
+from llava_next.training.checkpoints.recovery import checkpoint_places, complete_checkpoints, read_manifest
+from llava_next.training.recipe.config import RunConfig
 
 
 def follow_run(config: RunConfig, mixture: Mixture) -> None:

@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from checking import KINDS, Findings
 
+from doctor.checking import KINDS, Findings
 from llava_next.anyres import AnyRes
-from llava_next.data.dataset import DatasetInfo
-from llava_next.data.index import Index
-from llava_next.data.mixture import Mixture
+from llava_next.data.format.dataset import DatasetInfo
+from llava_next.data.format.index import Index
+from llava_next.data.plan.mixture import Mixture
 from llava_next.training.banner import deal_some
-from llava_next.training.config import RunConfig
+from llava_next.training.recipe.config import RunConfig
 from llava_next.training.setup import Parts
 
 BARS = 24  # of a histogram, at most

@@ -1,1 +1,1 @@
-"""From shards to packed batches. Imports templates and anyres, never the model."""
+"""From a data set on disk to packed micro-batches: four rooms that only look down (loading, plan, format, storage)."""

@@ -1,1 +1,1 @@
-"""The model: transformers' LLaVA-NeXT with one more forward path, its composition from parts, and its files."""
+"""The model: what is trained (forward) and the folders that hold it (folders)."""

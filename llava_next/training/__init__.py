@@ -1,1 +1,10 @@
-"""The run: configuration, parallelism, optimizer, loop, checkpoints and metrics."""
+"""The run. The files here tell its story; each room under it has one job and knows nothing of the story.
+
+setup.py: what the training scripts put together
+banner.py: the plan of a run, printed before it starts
+loop.py: the training loop
+validate.py: held-out loss
+
+May import: the root's files, data.loading, data.plan, data.storage, model.folders, model.forward,
+training.checkpoints, training.devices, training.forecast, training.recipe, training.watch.
+"""

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava_next.data.dealing import CostModel
-from llava_next.data.mixture import Mixture
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.activations import Compute
-from llava_next.training.budget import POLICIES, Budget, Layout, choose, estimate, units
-from llava_next.training.config import RunConfig
-from llava_next.training.flops import Checkpointing, flops_model
-from llava_next.training.hardware import Hardware, present_hardware
-from llava_next.training.launch import checkpointing_policy, hsdp_sizes
-from llava_next.training.metrics import si
-from llava_next.training.optim import freeze, trainable_table, warmup_steps
+from llava_next.data.plan.dealing import CostModel
+from llava_next.data.plan.mixture import Mixture
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices.hardware import Hardware, present_hardware
+from llava_next.training.devices.launch import checkpointing_policy, hsdp_sizes
+from llava_next.training.forecast.activations import Compute
+from llava_next.training.forecast.budget import POLICIES, Budget, Layout, choose, estimate, units
+from llava_next.training.forecast.flops import Checkpointing, flops_model
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.optim import freeze, trainable_table, warmup_steps
 from llava_next.training.setup import Parts, empty_model
+from llava_next.training.watch.metrics import si
 
 SAMPLED_STEPS = 20  # dealt to see how full and how even micro-batches are
 # Assumed shares of the peak, by policy: published 7B text runs on H100 reach 46 % without checkpointing and 40 % with

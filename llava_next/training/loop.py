@@ -18,19 +18,19 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from llava_next.data.feed import Feed
-from llava_next.data.mixture import Mixture
-from llava_next.model.export import save_model
-from llava_next.training.agreement import RunStopped, StepCounts, slot_weights, take_step
-from llava_next.training.checkpoint import Checkpoints
-from llava_next.training.config import RunConfig
-from llava_next.training.health import GarbageCollection, Heartbeat, NonFinite
-from llava_next.training.journal import Journal
-from llava_next.training.metrics import duration
-from llava_next.training.optim import rate_multiplier, set_rates
-from llava_next.training.profile import StepProfiler
-from llava_next.training.timing import StepTimer
+from llava_next.data.loading.feed import Feed
+from llava_next.data.plan.mixture import Mixture
+from llava_next.model.folders.export import save_model
+from llava_next.training.checkpoints.saving import Checkpoints
+from llava_next.training.devices.agreement import RunStopped, StepCounts, slot_weights, take_step
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.optim import rate_multiplier, set_rates
 from llava_next.training.validate import Validation
+from llava_next.training.watch.health import GarbageCollection, Heartbeat, NonFinite
+from llava_next.training.watch.journal import Journal
+from llava_next.training.watch.metrics import duration
+from llava_next.training.watch.profile import StepProfiler
+from llava_next.training.watch.timing import StepTimer
 
 COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "skipped_steps", "retries")
 

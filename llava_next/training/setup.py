@@ -12,26 +12,26 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llava_next.anyres import AnyRes
-from llava_next.data.cache import Cache
-from llava_next.data.encode import Encoder, check_vocabulary
-from llava_next.data.feed import Feed
-from llava_next.data.loader import LoaderOptions, build_loader
-from llava_next.data.mixture import Mixture
-from llava_next.data.storage import Storage
-from llava_next.model.attention import attention_names, check_window, choose_attention
-from llava_next.model.check import check_folder
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.data.loading.encode import Encoder, check_vocabulary
+from llava_next.data.loading.feed import Feed
+from llava_next.data.loading.loader import LoaderOptions, build_loader
+from llava_next.data.plan.mixture import Mixture
+from llava_next.data.storage.cache import Cache
+from llava_next.data.storage.client import Storage
+from llava_next.model.folders.check import check_folder
+from llava_next.model.forward.attention import attention_names, check_window, choose_attention
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
 from llava_next.tokenise import fingerprint
-from llava_next.training.config import RunConfig
-from llava_next.training.float8 import check_device, use_float8
-from llava_next.training.flops import cost_model, flops_model
-from llava_next.training.hardware import peak_flops
-from llava_next.training.journal import Journal
-from llava_next.training.launch import checkpointing_policy
-from llava_next.training.metrics import Progress
-from llava_next.training.optim import build_optimizer, freeze
-from llava_next.training.parallel import shard
+from llava_next.training.devices.float8 import check_device, use_float8
+from llava_next.training.devices.hardware import peak_flops
+from llava_next.training.devices.launch import checkpointing_policy
+from llava_next.training.devices.parallel import shard
+from llava_next.training.forecast.flops import cost_model, flops_model
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.optim import build_optimizer, freeze
+from llava_next.training.watch.journal import Journal
+from llava_next.training.watch.metrics import Progress
 
 # of check_folder: those that compare with the training's templates
 TEMPLATE_CHECKS = ("chat template", "chats", "terminator")

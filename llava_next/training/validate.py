@@ -9,8 +9,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from llava_next.training.agreement import take_step
-from llava_next.training.config import RunConfig
+from llava_next.training.devices.agreement import take_step
+from llava_next.training.recipe.config import RunConfig
 from llava_next.training.setup import Parts, open_feed, open_mixture
 
 

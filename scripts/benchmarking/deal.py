@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarking.cards import CARDS, table, write_card
 from benchmarking.samples import LLMS, STAGES, TOWERS, geometry, model_config, profile_sizes
-from llava_next.data.plan import deal
-from llava_next.training.flops import cost_model
+from llava_next.data.plan.dealing import deal
+from llava_next.training.forecast.flops import cost_model
 
 GOALS = {8: 0.985, 16: 0.97, 64: 0.93}  # for 128 samples a step
 

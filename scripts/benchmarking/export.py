@@ -10,8 +10,8 @@ import torch
 
 from benchmarking.cards import CARDS, write_card
 from benchmarking.samples import LLMS, TOWERS, model_config
-from llava_next.model.export import save_model
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.folders.export import save_model
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 
 
 def add_arguments(parser) -> None:

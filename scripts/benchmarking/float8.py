@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarking.cards import CARDS, table, write_card
 from benchmarking.step import add_work_arguments, begin, card_name
 from benchmarking.training import How, build, run_steps
-from llava_next.training.optim import Rates
-from llava_next.training.parallel import finish
+from llava_next.training.devices.parallel import finish
+from llava_next.training.recipe.optim import Rates
 
 
 def add_arguments(parser) -> None:

@@ -20,11 +20,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from benchmarking.samples import geometry, supervised
-from llava_next.data.batch import IGNORE, Example, PackedBatch, pack
-from llava_next.model import head, modeling
-from llava_next.model.attention import attention_names, choose_attention
-from llava_next.training.agreement import slot_weights
-from llava_next.training.launch import layer_stacks
+from llava_next.data.loading.batch import IGNORE, Example, PackedBatch, pack
+from llava_next.model.forward import head, modeling
+from llava_next.model.forward.attention import attention_names, choose_attention
+from llava_next.training.devices.agreement import slot_weights
+from llava_next.training.devices.launch import layer_stacks
 
 Micros = list[PackedBatch]
 

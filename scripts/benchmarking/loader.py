@@ -19,12 +19,12 @@ from benchmarking import datasets
 from benchmarking.cards import CARDS, table, write_card
 from benchmarking.serving import Serving
 from benchmarking.streaming import WEBDATASETS, Pass, Taken, take
-from llava_next.data.batch import pack
-from llava_next.data.encode import picture_tiles
-from llava_next.data.loader import LoaderOptions, MicroBatches
-from llava_next.data.mixture import Mixture
-from llava_next.data.shards import read_sample
-from llava_next.data.writer import shard_name
+from llava_next.data.format.shards import read_sample
+from llava_next.data.format.writer import shard_name
+from llava_next.data.loading.batch import pack
+from llava_next.data.loading.encode import picture_tiles
+from llava_next.data.loading.loader import LoaderOptions, MicroBatches
+from llava_next.data.plan.mixture import Mixture
 
 LATENCY = 0.1  # seconds before the first byte of every answer
 PARTS = ("cpu", "first", "throughput", "memory", "webdataset", "faults", "s3")

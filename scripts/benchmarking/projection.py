@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_next.training.budget import Unit
+from llava_next.training.forecast.budget import Unit
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from transformers import LlavaNextConfig
 
 from benchmarking.cards import ROOT
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.data.batch import IGNORE, Example, PackedBatch, pack
-from llava_next.data.plan import deal
-from llava_next.model.dry import architecture, scaled
-from llava_next.training.flops import cost_model
-from llava_next.training.optim import Rates
+from llava_next.data.loading.batch import IGNORE, Example, PackedBatch, pack
+from llava_next.data.plan.dealing import deal
+from llava_next.model.folders.dry import architecture, scaled
+from llava_next.training.forecast.flops import cost_model
+from llava_next.training.recipe.optim import Rates
 
 PROFILE = ROOT / "tests" / "data" / "mix665k_profile.json"
 LLMS = {

@@ -27,7 +27,7 @@ class Serving:
     """A server process over the files of `folder`; a context manager.
 
     Args:
-        kind: `http` (tests/faults.py's FaultServer) or `s3` (moto).
+        kind: `http` (tests/support/faults.py's FaultServer) or `s3` (moto).
         folder: what is served.
 
     Attributes:
@@ -67,7 +67,7 @@ class Serving:
 
 def serve(kind: str, folder: str) -> None:
     """Serves until the standard input ends."""
-    from faults import FaultServer, S3Server
+    from support.faults import FaultServer, S3Server
 
     with (FaultServer if kind == "http" else S3Server)(folder) as server:
         print(json.dumps({"url": server.url, "environment": getattr(server, "environment", {})}), flush=True)

@@ -22,11 +22,11 @@ from benchmarking.projection import Node, project
 from benchmarking.samples import LLMS, STAGES, TOWERS, model_config, profile_samples
 from benchmarking.stock import against_stock
 from benchmarking.training import How, Run, Work, build, empty_units, pick, run_steps
-from llava_next.training.activations import Compute
-from llava_next.training.budget import POLICIES, Layout, estimate
-from llava_next.training.flops import Checkpointing, flops_model
-from llava_next.training.hardware import peak_flops
-from llava_next.training.parallel import build_accelerator, finish
+from llava_next.training.devices.hardware import peak_flops
+from llava_next.training.devices.parallel import build_accelerator, finish
+from llava_next.training.forecast.activations import Compute
+from llava_next.training.forecast.budget import POLICIES, Layout, estimate
+from llava_next.training.forecast.flops import Checkpointing, flops_model
 
 RANKS = 8
 

@@ -14,10 +14,10 @@ from transformers import LlavaNextConfig
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
 from benchmarking.samples import geometry, packed_step, supervised
-from llava_next.data.batch import IGNORE, Example
-from llava_next.model.attention import attention_names, choose_attention
-from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
-from llava_next.training.agreement import slot_weights
+from llava_next.data.loading.batch import IGNORE, Example
+from llava_next.model.forward.attention import attention_names, choose_attention
+from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
+from llava_next.training.devices.agreement import slot_weights
 
 Samples = Sequence[tuple[Example, tuple[int, int] | None]]
 

@@ -26,7 +26,7 @@ import psutil
 from benchmarking import datasets
 from benchmarking.serving import python_path
 from llava_next.anyres import AnyRes
-from llava_next.data.index import Index
+from llava_next.data.format.index import Index
 
 # readers by webdataset, and the handler of errors that they set: its own default raises
 WEBDATASETS = {"webdataset": None, "webdataset, warn_and_continue": "warn_and_continue"}
@@ -148,9 +148,9 @@ def main(what: Pass) -> Taken:
 
 
 def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
-    from llava_next.data.feed import Feed
-    from llava_next.data.loader import LoaderOptions, build_loader, start_worker_server
-    from llava_next.data.mixture import Mixture
+    from llava_next.data.loading.feed import Feed
+    from llava_next.data.loading.loader import LoaderOptions, build_loader, start_worker_server
+    from llava_next.data.plan.mixture import Mixture
 
     anyres = datasets.SMALL if what.small else datasets.CLIP
     encoder, _ = datasets.build_encoder(anyres)

@@ -22,22 +22,22 @@ from torch.autograd import DeviceType
 from transformers import LlavaNextConfig
 
 from benchmarking.samples import STAGES, model_config, packed_step, profile_samples
-from llava_next.data.batch import PackedBatch
-from llava_next.data.plan import Source
-from llava_next.model.attention import attention_names, choose_attention
-from llava_next.model.modeling import LlavaNextForConditionalGeneration, used_layers
-from llava_next.training.activations import Compute
-from llava_next.training.budget import Layout, choose, estimate, units
-from llava_next.training.config import RunConfig
-from llava_next.training.float8 import use_float8
-from llava_next.training.flops import Checkpointing
-from llava_next.training.journal import Journal
-from llava_next.training.launch import layer_stacks
+from llava_next.data.loading.batch import PackedBatch
+from llava_next.data.plan.order import Source
+from llava_next.model.forward.attention import attention_names, choose_attention
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, used_layers
+from llava_next.training.devices.float8 import use_float8
+from llava_next.training.devices.launch import layer_stacks
+from llava_next.training.devices.parallel import shard
+from llava_next.training.forecast.activations import Compute
+from llava_next.training.forecast.budget import Layout, choose, estimate, units
+from llava_next.training.forecast.flops import Checkpointing
 from llava_next.training.loop import Trainer
-from llava_next.training.metrics import Progress
-from llava_next.training.optim import Rates, build_optimizer, freeze
-from llava_next.training.parallel import shard
-from llava_next.training.timing import PHASES, StepTimer
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
+from llava_next.training.watch.journal import Journal
+from llava_next.training.watch.metrics import Progress
+from llava_next.training.watch.timing import PHASES, StepTimer
 
 SPARE = 0.93  # share of a GPU's memory that the estimate may fill
 
@@ -188,7 +188,7 @@ def prefetch(model: nn.Module, ahead: int) -> None:
 
 
 class Feed:
-    """Steps from memory, in place of `llava_next.data.feed.Feed`; notes when each is asked for."""
+    """Steps from memory, in place of `llava_next.data.loading.feed.Feed`; notes when each is asked for."""
 
     def __init__(self, steps: list[list[PackedBatch]], device: torch.device, on_step: Callable[[], None]):
         self._on_step = on_step

@@ -13,25 +13,25 @@ import numpy as np
 import psutil
 import pytest
 import torch
+
 from benchmarking import ablate, cards, datasets, gpu_all, levers, loader, training
 from benchmarking.projection import Node, communication_bytes, project
 from benchmarking.samples import STAGES, profile_sizes
 from benchmarking.serving import Serving
 from benchmarking.streaming import Pass, take
-from tiny import pack_tiny, random_samples, tiny_config
+from llava_next.data.format.index import read_dataset
+from llava_next.data.format.shards import read_sample
+from llava_next.data.storage.client import Storage
+from llava_next.model.forward import head, modeling
+from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.forecast.activations import Compute
+from llava_next.training.forecast.budget import Layout, Unit, estimate
+from llava_next.training.recipe.optim import Rates, freeze
+from llava_next.training.watch.profile import StepProfiler
+from support.tiny import pack_tiny, random_samples, tiny_config
 
-from llava_next.data.index import read_dataset
-from llava_next.data.shards import read_sample
-from llava_next.data.storage import Storage
-from llava_next.model import head, modeling
-from llava_next.model.attention import attention_names
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.activations import Compute
-from llava_next.training.budget import Layout, Unit, estimate
-from llava_next.training.optim import Rates, freeze
-from llava_next.training.profile import StepProfiler
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -5,23 +5,23 @@ import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
-import benchmark
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarking import ablate, float8, gpu_all, levers, training
-from benchmarking.samples import STAGES
-from tiny import geometry, pack_tiny, pairing_config, random_samples
 from torch.autograd import DeviceType
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from transformers.models.llama import modeling_llama
 
-from llava_next.model.attention import attention_names
-from llava_next.model.dry import LLMS
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.launch import layer_stacks
-from llava_next.training.optim import Rates, freeze
+import benchmark
+from benchmarking import ablate, float8, gpu_all, levers, training
+from benchmarking.samples import STAGES
+from llava_next.model.folders.dry import LLMS
+from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices.launch import layer_stacks
+from llava_next.training.recipe.optim import Rates, freeze
+from support.tiny import geometry, pack_tiny, pairing_config, random_samples
 
 CPU = torch.device("cpu")
 CLIP = "openai/clip-vit-large-patch14-336"

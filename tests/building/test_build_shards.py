@@ -7,12 +7,24 @@ import re
 import numpy as np
 import pytest
 import webdataset
-from builds import GEOMETRY, SMALL, TOOL, checksums, make_inputs, record, run, run_process, samples, turns, write_json
 from PIL import Image
 
 from llava_next.anyres import HF_336, ORIGINAL_336, AnyRes
-from llava_next.data.index import read_dataset
-from llava_next.data.shards import decode_strip
+from llava_next.data.format.index import read_dataset
+from llava_next.data.format.shards import decode_strip
+from support.builds import (
+    GEOMETRY,
+    SMALL,
+    TOOL,
+    checksums,
+    make_inputs,
+    record,
+    run,
+    run_process,
+    samples,
+    turns,
+    write_json,
+)
 
 
 def test_the_same_bytes_with_any_number_of_workers(inputs, built, tmp_path):

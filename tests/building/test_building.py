@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from builds import TOOL, arguments_for, checksums, make_inputs, run, tool_result
-from faults import S3Server
 
-from llava_next.data.index import read_dataset
-from llava_next.data.storage import Storage, StorageError
+from llava_next.data.format.index import read_dataset
+from llava_next.data.storage.client import Storage, StorageError
+from support.builds import TOOL, arguments_for, checksums, make_inputs, run, tool_result
+from support.faults import S3Server
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

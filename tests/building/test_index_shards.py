@@ -6,24 +6,24 @@ import re
 import tarfile
 from pathlib import Path
 
-import build_shards
-import index_shards
 import numpy as np
 import pytest
-from adding_lengths import add_lengths
-from builds import GEOMETRY, SMALL, Result, arguments_for, call, make_inputs, tool_result
-from faults import FaultServer, S3Server
 from PIL import Image
-from real_tokenizers import mistral
 from transformers import AutoTokenizer
 
-from llava_next.data.encode import Encoder, picture_tiles
-from llava_next.data.index import INDEX_FILE, read_dataset
-from llava_next.data.shards import BadSample, read_sample
-from llava_next.data.storage import Storage, StorageError
-from llava_next.data.writer import NEXT_FILE
+import build_shards
+import index_shards
+from building.adding_lengths import add_lengths
+from llava_next.data.format.index import INDEX_FILE, read_dataset
+from llava_next.data.format.shards import BadSample, read_sample
+from llava_next.data.format.writer import NEXT_FILE
+from llava_next.data.loading.encode import Encoder, picture_tiles
+from llava_next.data.storage.client import Storage, StorageError
 from llava_next.templates import get_template
 from llava_next.tokenise import fingerprint
+from support.builds import GEOMETRY, SMALL, Result, arguments_for, call, make_inputs, tool_result
+from support.faults import FaultServer, S3Server
+from support.real_tokenizers import mistral
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
 

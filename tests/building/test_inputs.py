@@ -7,22 +7,22 @@ import sys
 import tarfile
 from pathlib import Path
 
-import inputs
 import numpy as np
 import pytest
 import webdataset
-from builds import GEOMETRY, samples, tool_result, turns
-from cutting import Cutter
-from embedded import list_hub, list_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from building import inputs
+from building.cutting import Cutter
+from building.embedded import list_hub, list_shards
 from llava_next.anyres import AnyRes
-from llava_next.data.shards import decode_strip
-from llava_next.data.tar import BadSample
+from llava_next.data.format.shards import decode_strip
+from llava_next.data.format.tar import BadSample
+from support.builds import GEOMETRY, samples, tool_result, turns
 
-TOOLS = Path(inputs.__file__).parent
+TOOLS = Path(inputs.__file__).parents[1]
 SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This, \u00e9 \U0001f41e."}]
 
@@ -104,7 +104,7 @@ def test_listing_100_mb_takes_less_than_100_mb(tmp_path):
     (tmp_path / "small.json").write_text('[{"id": 1}]')
     assert (tmp_path / "large.json").stat().st_size > 95e6
     script = (
-        "import sys; from pathlib import Path; import inputs;"
+        "import sys; from pathlib import Path; from building import inputs;"
         "listing = inputs.list_json(Path(sys.argv[1]), 0);"
         # not ru_maxrss: that of a process begins with what its parent had
         "print(len(listing), Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import S3Server
-from launching import ROOT
-from runs import losses
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from llava_next.training.recovery import complete_checkpoints, read_manifest
+from llava_next.training.checkpoints.recovery import complete_checkpoints, read_manifest
+from support.faults import S3Server
+from support.launching import ROOT
+from support.runs import losses
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def train():
     """Trains the small model of workers/checkpoints.py: `train(folder, world=2, steps=7, every=3, ...)`."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     worker = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/workers/checkpoints.py")],
+        [sys.executable, str(ROOT / "tests/support/workers/checkpoints.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_next.data.storage import Storage
-from llava_next.training.config import CheckpointConfig, OptimConfig, RunConfig, Source
-from llava_next.training.mirror import Mirror
-from llava_next.training.optim import Rates
-from llava_next.training.recovery import (
+from llava_next.data.storage.client import Storage
+from llava_next.training.checkpoints.mirror import Mirror
+from llava_next.training.checkpoints.recovery import (
     FORMAT,
     Resume,
     appears,
@@ -28,6 +26,8 @@ from llava_next.training.recovery import (
     resume_command,
     run_facts,
 )
+from llava_next.training.recipe.config import CheckpointConfig, OptimConfig, RunConfig, Source
+from llava_next.training.recipe.optim import Rates
 
 
 def make_checkpoint(folder: Path, step: int, **state) -> Path:

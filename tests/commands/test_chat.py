@@ -4,13 +4,14 @@ import io
 import json
 import sys
 
-import chat
-import compose
-import make_digits
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import chat
+import compose
+import make_digits
 
 
 @pytest.fixture(scope="module")

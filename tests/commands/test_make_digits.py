@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from llava_next.anyres import AnyRes
-from llava_next.model.dry import DEMO_PINPOINTS
+from llava_next.model.folders.dry import DEMO_PINPOINTS
 
 pytest.importorskip("sklearn")
-SCRIPT = Path(__file__).parents[1] / "data_tools" / "make_digits.py"
+SCRIPT = Path(__file__).parents[2] / "data_tools" / "make_digits.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import make_digits  # noqa: E402  (a script beside the package, not a module of it)
 

@@ -4,12 +4,12 @@ import json
 import sys
 
 import numpy as np
-import plot_run
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from llava_next.training.metrics import JsonLines
+import plot_run
+from llava_next.training.watch.metrics import JsonLines
 
 
 def write_run(folder, steps, sources=("coco", "gqa"), shift=0.0):

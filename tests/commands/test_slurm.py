@@ -9,9 +9,9 @@ import time
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from launching import ROOT
 
-from llava_next.training.launch import hsdp_sizes
+from llava_next.training.devices.launch import hsdp_sizes
+from support.launching import ROOT
 
 JOB = ROOT / "scripts/slurm/finetune.sbatch"
 OPTIONS = ["--config", "scripts/recipes/vicuna-7b/finetune.yaml", "--run_dir", "runs/with space"]

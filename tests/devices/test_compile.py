@@ -4,18 +4,18 @@ import json
 
 import pytest
 import torch
-from launching import launch
 from safetensors import safe_open
-from tiny import tiny_config, tiny_pair
 from torch._dynamo.utils import counters
-from tracing import micro_batch, use_dense_attention
 
-from llava_next.model.attention import attention_names
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.banner import speed_lines
-from llava_next.training.config import RunConfig
-from llava_next.training.optim import Rates, freeze
-from llava_next.training.parallel import RECOMPILE_LIMIT, apply_checkpointing, compile_layers
+from llava_next.training.devices.parallel import RECOMPILE_LIMIT, apply_checkpointing, compile_layers
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.optim import Rates, freeze
+from support.launching import launch
+from support.tiny import tiny_config, tiny_pair
+from support.tracing import micro_batch, use_dense_attention
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_the_kernel_of_gpus_is_traced_without_a_break():
 def test_a_compiled_checkpoint_continues_uncompiled_and_the_export_has_stock_names(tmp_path):
     """Under FSDP2 with selective checkpointing, neither of which is in the way of the compiler."""
     _, stock = tiny_pair(tmp_path / "base")
-    launch("tests/workers/speed.py", tmp_path / "base", tmp_path, "compiled", processes=1)
+    launch("tests/support/workers/speed.py", tmp_path / "base", tmp_path, "compiled", processes=1)
     result = json.loads((tmp_path / "rank0.json").read_text())
     assert (result["graphs"], result["breaks"]) == (3, 0)
     assert result["same_names"] and result["fast"] == pytest.approx(result["plain"], rel=1e-6)

@@ -9,21 +9,21 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from launching import launch
 from test_compile import assert_stock_export
-from tiny import tiny_config, tiny_pair
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
-from tracing import find_torchao, micro_batch, use_dense_attention
 
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training import float8
-from llava_next.training.config import RunConfig, check_run
-from llava_next.training.float8 import check_device, use_float8
-from llava_next.training.launch import layer_stacks
-from llava_next.training.optim import Rates, freeze
-from llava_next.training.parallel import apply_checkpointing, compile_layers
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices import float8
+from llava_next.training.devices.float8 import check_device, use_float8
+from llava_next.training.devices.launch import layer_stacks
+from llava_next.training.devices.parallel import apply_checkpointing, compile_layers
+from llava_next.training.recipe.config import RunConfig, check_run
+from llava_next.training.recipe.optim import Rates, freeze
+from support.launching import launch
+from support.tiny import tiny_config, tiny_pair
+from support.tracing import find_torchao, micro_batch, use_dense_attention
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_what_is_no_number_stays_none_in_float8(torchao):
 def test_two_ranks_in_float8_checkpoint_and_export_as_without_it(torchao, tmp_path):
     """FSDP2 with selective checkpointing: losses of four steps within 2 %, resumed without float8 within 1 %."""
     _, stock = tiny_pair(tmp_path / "base")
-    launch("tests/workers/speed.py", tmp_path / "base", tmp_path, "float8")
+    launch("tests/support/workers/speed.py", tmp_path / "base", tmp_path, "float8")
     for rank in (0, 1):
         result = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert result["same_names"] and result["fast"] != result["plain"]

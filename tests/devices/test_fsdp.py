@@ -8,15 +8,15 @@ import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from launching import ROOT, launch
 from safetensors.torch import load_file
-from tiny import geometry, pack_tiny, pairing_config, random_samples, stock_loss, tiny_config, tiny_pair
 
-from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
-from llava_next.training import launch as launch_file
-from llava_next.training.agreement import slot_weights
-from llava_next.training.optim import module_of
-from llava_next.training.parallel import apply_checkpointing
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
+from llava_next.training.devices import launch as launch_file
+from llava_next.training.devices.agreement import slot_weights
+from llava_next.training.devices.parallel import apply_checkpointing
+from llava_next.training.recipe.optim import module_of
+from support.launching import ROOT, launch
+from support.tiny import geometry, pack_tiny, pairing_config, random_samples, stock_loss, tiny_config, tiny_pair
 
 TOLERANCE = 1e-5
 
@@ -79,7 +79,7 @@ def assert_equal_to_stock(
     """One step of the worker equals the stock model: loss, every gradient, gradient norm. Returns what it wrote."""
     folder, loss, parameters = reference
     out = tmp_path / "out.safetensors"
-    launch("tests/workers/gradients.py", folder, out, *frozen, *options, processes=processes, config=config)
+    launch("tests/support/workers/gradients.py", folder, out, *frozen, *options, processes=processes, config=config)
     result = load_file(out)
     torch.testing.assert_close(result["loss"], loss, rtol=TOLERANCE, atol=TOLERANCE)
     ours = {k.removeprefix("grad/"): v for k, v in result.items() if k.startswith("grad/")}
@@ -99,7 +99,7 @@ def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_
     """bf16 on two CPU ranks: what trains and its gradients are fp32, what is frozen stays bf16; both near fp32's."""
     folder, loss, parameters = reference
     gpus, out = ROOT / "accelerate_configs/h100x8_fsdp.yaml", tmp_path / "out.safetensors"
-    launch("tests/workers/gradients.py", folder, out, "vision", config=str(gpus))
+    launch("tests/support/workers/gradients.py", folder, out, "vision", config=str(gpus))
     result = load_file(out)
     assert result["loss"].dtype == torch.float32 and result["loss"].item() == pytest.approx(loss.item(), rel=2e-3)
     dtypes = {name: torch.bfloat16 if module_of(name) == "vision" else torch.float32 for name in parameters}
@@ -117,7 +117,7 @@ def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_
 
 def test_weights_broadcast_from_rank_0_arrive_bit_equal(reference, tmp_path):
     folder, _, parameters = reference
-    launch("tests/workers/gradients.py", folder, tmp_path / "out.safetensors")
+    launch("tests/support/workers/gradients.py", folder, tmp_path / "out.safetensors")
     result = load_file(tmp_path / "out.safetensors")
     weights = {k.removeprefix("weight/"): v for k, v in result.items() if k.startswith("weight/")}
     assert set(weights) == set(parameters)

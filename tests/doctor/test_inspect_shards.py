@@ -7,29 +7,29 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
-import build_shards
-import inspect_shards as tool
 import numpy as np
 import pytest
-from builds import Result, call
-from checking import Checker, Findings, verify
-from demo import compose_demo
-from faults import FaultServer
 from PIL import Image
-from real_tokenizers import vicuna
-from report_samples import TokenTexts, choose, show_picture
 from skimage import data as photos
-from survey import histogram
 
+import build_shards
+import inspect_shards as tool
+from doctor.checking import Checker, Findings, verify
+from doctor.report_samples import TokenTexts, choose, show_picture
+from doctor.survey import histogram
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.data.index import read_dataset
-from llava_next.data.loader import LoaderOptions, build_loader
-from llava_next.data.shards import RawSample, StripInfo, encode_strip, read_sample
-from llava_next.data.storage import Storage
-from llava_next.data.writer import ShardWriter
-from llava_next.training.mirror import MANIFEST
-from llava_next.training.recovery import FORMAT, checkpoint_name
+from llava_next.data.format.index import read_dataset
+from llava_next.data.format.shards import RawSample, StripInfo, encode_strip, read_sample
+from llava_next.data.format.writer import ShardWriter
+from llava_next.data.loading.loader import LoaderOptions, build_loader
+from llava_next.data.storage.client import Storage
+from llava_next.training.checkpoints.mirror import MANIFEST
+from llava_next.training.checkpoints.recovery import FORMAT, checkpoint_name
 from llava_next.training.setup import load_parts
+from support.builds import Result, call
+from support.demo import compose_demo
+from support.faults import FaultServer
+from support.real_tokenizers import vicuna
 
 HOSTILE = "</script><script>alert(1)</script><img src=//example.org/x onerror=alert(2)> & \u2028"
 MAX_LENGTH = 200
@@ -286,7 +286,7 @@ def test_hostile_text_stays_text(root, found):
     hostile = next(s for s in found[1]["samples"] if s["row"] == 10)
     assert hostile["id"] == hostile["source"] == HOSTILE
     assert "".join(token[0] for token in hostile["tokens"]).count(HOSTILE) == 2
-    script = (Path(tool.__file__).parent / "report_page.js").read_text()
+    script = (Path(tool.__file__).parent / "doctor" / "report_page.js").read_text()
     for way_in in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch(", "http"):
         assert way_in not in script
     assert "\x1b" not in found[0].stdout and "\u2028" not in found[0].stdout

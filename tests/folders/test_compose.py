@@ -3,21 +3,21 @@
 import json
 import shutil
 
-import compose as script
 import numpy as np
 import pytest
-import real_tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import pack_tiny, random_samples
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration
 
-from llava_next.data.batch import pack
-from llava_next.data.encode import check_vocabulary
-from llava_next.model.compose import compose, llm_part, load_tokenizer, random_part, vision_part
-from llava_next.model.dry import LLMS, TOWERS, architecture, corpus_texts, scaled, train_tokenizer
-from llava_next.model.export import write_weights
+import compose as script
+from llava_next.data.loading.batch import pack
+from llava_next.data.loading.encode import check_vocabulary
+from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
+from llava_next.model.folders.dry import LLMS, TOWERS, architecture, corpus_texts, scaled, train_tokenizer
+from llava_next.model.folders.export import write_weights
+from support import real_tokenizers
+from support.tiny import pack_tiny, random_samples
 
 CLIP, SIGLIP = TOWERS
 VICUNA, LLAMA3, QWEN2, MISTRAL = LLMS

@@ -7,23 +7,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import check_export
 import numpy as np
 import pytest
 import torch
-from exports import LLMS, PAIRINGS, TOWERS, compose_pairing, export_pairing, llm_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from llava_next.model import export
-from llava_next.model.check import check_folder
-from llava_next.model.companions import portable_tokenizer_config
-from llava_next.model.export import INDEX_NAME, full_tensors, save_model
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+import check_export
+from llava_next.model.folders import export
+from llava_next.model.folders.check import check_folder
+from llava_next.model.folders.companions import portable_tokenizer_config
+from llava_next.model.folders.export import INDEX_NAME, full_tensors, save_model
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
+from support.exports import LLMS, PAIRINGS, TOWERS, compose_pairing, export_pairing, llm_config
+from support.tiny import tiny_config
 
 DEMO = ("clip", "llama")
 

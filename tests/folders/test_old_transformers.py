@@ -3,7 +3,7 @@
 Builds a virtual environment for each release (torch as installed here; about 1.2 GB and a minute or two
 each) and keeps it in `~/.cache/llava-next-tests`, or in the folder that LLAVA_NEXT_TEST_CACHE names. To run it:
 
-    LLAVA_NEXT_OLD_TRANSFORMERS=1 python -m pytest tests/test_old_transformers.py
+    LLAVA_NEXT_OLD_TRANSFORMERS=1 python -m pytest tests/folders/test_old_transformers.py
 
 Known limit: 4.45 wants a CLS token from every vision tower, so a SigLIP model loads there and answers text, but its
 code refuses any picture, whatever the files say.
@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import LLMS, PAIRINGS, compose_pairing, export_pairing
+
+from support.exports import LLMS, PAIRINGS, compose_pairing, export_pairing
 
 WANTED = os.environ.get("LLAVA_NEXT_OLD_TRANSFORMERS") == "1"
 RELEASES = ("4.45.2", "4.49.0", "4.57.6")
-WORKER = Path(__file__).parent / "workers" / "load_export.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "load_export.py"
 CACHE = Path(os.environ.get("LLAVA_NEXT_TEST_CACHE", Path.home() / ".cache" / "llava-next-tests"))
 TOLERANCE = 1e-5
 

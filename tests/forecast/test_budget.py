@@ -8,30 +8,30 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from launching import ROOT, launch
 from test_flops import CLIP, LLAMA3, QWEN2, SIGLIP, STAGE_1, VICUNA, full_config
 from test_plan import PROFILE
-from tiny import geometry, pack_tiny, random_samples
 from transformers import LlavaNextConfig
 
 from llava_next.anyres import ORIGINAL_336, AnyRes
-from llava_next.data.dataset import ShardInfo
-from llava_next.data.index import ROW_SCHEMA
-from llava_next.data.writer import write_dataset
-from llava_next.model.attention import attention_names
-from llava_next.model.compose import compose, random_part
-from llava_next.model.dry import architecture, corpus_texts, scaled, train_tokenizer
-from llava_next.model.export import save_model
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.activations import Compute, activations, decoder_layer
+from llava_next.data.format.dataset import ShardInfo
+from llava_next.data.format.index import ROW_SCHEMA
+from llava_next.data.format.writer import write_dataset
+from llava_next.model.folders.compose import compose, random_part
+from llava_next.model.folders.dry import architecture, corpus_texts, scaled, train_tokenizer
+from llava_next.model.folders.export import save_model
+from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.banner import plan_banner
-from llava_next.training.budget import POLICIES, Layout, choose, estimate, units
-from llava_next.training.config import parse_run
-from llava_next.training.hardware import parse_hardware
-from llava_next.training.metrics import si
-from llava_next.training.optim import Rates, freeze
-from llava_next.training.parallel import apply_checkpointing
+from llava_next.training.devices.hardware import parse_hardware
+from llava_next.training.devices.parallel import apply_checkpointing
+from llava_next.training.forecast.activations import Compute, activations, decoder_layer
+from llava_next.training.forecast.budget import POLICIES, Layout, choose, estimate, units
+from llava_next.training.recipe.config import parse_run
+from llava_next.training.recipe.optim import Rates, freeze
 from llava_next.training.setup import load_parts, open_mixture
+from llava_next.training.watch.metrics import si
+from support.launching import ROOT, launch
+from support.tiny import geometry, pack_tiny, random_samples
 
 BF16, FP32 = Compute(2, fused=True), Compute(4, fused=False)
 
@@ -119,7 +119,7 @@ def compare_peaks(tmp_path, steps, processes: int, layout: Layout, launch_file: 
     config = small_config(VICUNA)
     save_model(LlavaNextForConditionalGeneration(config), tmp_path / "model", dtype=torch.float32)
     arguments = (tmp_path / "model", tmp_path / "peaks.json", json.dumps(steps))
-    launch("tests/workers/memory.py", *arguments, processes=processes, config=launch_file)
+    launch("tests/support/workers/memory.py", *arguments, processes=processes, config=launch_file)
     for (policy, reshard, frozen), found in zip(steps, json.loads((tmp_path / "peaks.json").read_text()), strict=True):
         rates = Rates(**dict.fromkeys(frozen))
         sizes = found["tokens"], found["tiles"], found["targets"]

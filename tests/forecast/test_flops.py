@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 import torch
 from test_plan import profile_samples
-from tiny import geometry, pack_tiny, pairing_config, random_samples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaNextConfig
 
-from llava_next.data.plan import CostModel
-from llava_next.model import head
-from llava_next.model.attention import attention_names
-from llava_next.model.dry import LLMS, architecture
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training import agreement
-from llava_next.training.flops import cost_model, flops_model
-from llava_next.training.hardware import KINDS, PEAKS, parse_hardware, peak_flops
-from llava_next.training.journal import Journal
-from llava_next.training.metrics import Progress
-from llava_next.training.optim import Rates, freeze
-from llava_next.training.parallel import apply_checkpointing
+from llava_next.data.plan.dealing import CostModel
+from llava_next.model.folders.dry import LLMS, architecture
+from llava_next.model.forward import head
+from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices import agreement
+from llava_next.training.devices.hardware import KINDS, PEAKS, parse_hardware, peak_flops
+from llava_next.training.devices.parallel import apply_checkpointing
+from llava_next.training.forecast.flops import cost_model, flops_model
+from llava_next.training.recipe.optim import Rates, freeze
+from llava_next.training.watch.journal import Journal
+from llava_next.training.watch.metrics import Progress
+from support.tiny import geometry, pack_tiny, pairing_config, random_samples
 
 CLIP, SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
 VICUNA, LLAMA3, QWEN2, MISTRAL = LLMS

@@ -25,19 +25,19 @@ from PIL import Image
 from test_index import rewrite_index, write_samples
 from test_shards import SMALL, TURNS, description, tar_bytes
 
-from llava_next.data.dataset import ShardInfo
-from llava_next.data.encode import Encoder
-from llava_next.data.index import INDEX_FILE, ROW_SCHEMA, read_dataset
-from llava_next.data.loader import LoaderOptions, build_loader
-from llava_next.data.mixture import Mixture
-from llava_next.data.pictures import open_picture
-from llava_next.data.shards import BadSample, decode_strip, encode_strip, read_sample
-from llava_next.data.writer import write_dataset
-from llava_next.model.dry import corpus_texts, train_tokenizer
+from llava_next.data.format.dataset import ShardInfo
+from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA, read_dataset
+from llava_next.data.format.pictures import open_picture
+from llava_next.data.format.shards import BadSample, decode_strip, encode_strip, read_sample
+from llava_next.data.format.writer import write_dataset
+from llava_next.data.loading.encode import Encoder
+from llava_next.data.loading.loader import LoaderOptions, build_loader
+from llava_next.data.plan.mixture import Mixture
+from llava_next.model.folders.dry import corpus_texts, train_tokenizer
 from llava_next.templates import get_template
-from llava_next.training.metrics import JsonLines
+from llava_next.training.watch.metrics import JsonLines
 
-FUZZ = Path(__file__).parent / "workers" / "fuzz.py"
+FUZZ = Path(__file__).parents[1] / "support" / "workers" / "fuzz.py"
 FUZZ_SECONDS = os.environ.get("LLAVA_NEXT_FUZZ_SECONDS", "0")
 ESCAPES = "\x1b[2J\n\x9b31m\u202e"  # clear the screen, new line, red, right to left
 PICTURE = {"width": 32, "height": 32, **dict(zip(("rows", "cols"), SMALL.grid(32, 32), strict=True))}

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_index import accept_index, rewrite_index, with_column, write_samples
 
-from llava_next.data.dataset import DATASET_FILE, MAX_DATASET_BYTES, DatasetInfo
-from llava_next.data.index import INDEX_FILE, read_dataset
+from llava_next.data.format.dataset import DATASET_FILE, MAX_DATASET_BYTES, DatasetInfo
+from llava_next.data.format.index import INDEX_FILE, read_dataset
 
 ESCAPES = "\x1b[2J\n\x9b31m\u202e"  # clear the screen, new line, red, right to left
 
@@ -155,7 +155,7 @@ def test_what_is_no_parquet_file_is_refused(tmp_path, mutate, reason):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from llava_next.data.index import read_dataset
+from llava_next.data.format.index import read_dataset
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)
 try:

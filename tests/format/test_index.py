@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from llava_next.anyres import HF_336, ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_geometry
-from llava_next.data.index import INDEX_FILE, SCHEMA, read_dataset
-from llava_next.data.shards import RawSample, StripInfo, encode_strip
-from llava_next.data.writer import ShardWriter, write_dataset
+from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_geometry
+from llava_next.data.format.index import INDEX_FILE, SCHEMA, read_dataset
+from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.format.writer import ShardWriter, write_dataset
 
 SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
 SIZES = [[], [(40, 30)], [(64, 64), (20, 90)], [(40, 30)], [], [(300, 20)], [(1, 1), (2, 2), (3, 1)]]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from llava_next.anyres import ORIGINAL_336, AnyRes
-from llava_next.data.index import read_dataset
-from llava_next.data.shards import (
+from llava_next.data.format.index import read_dataset
+from llava_next.data.format.shards import (
     MAX_JSON_BYTES,
     BadSample,
     RawSample,
@@ -25,8 +25,8 @@ from llava_next.data.shards import (
     encode_strip,
     read_sample,
 )
-from llava_next.data.storage import Storage
-from llava_next.data.writer import ShardFile, ShardWriter
+from llava_next.data.format.writer import ShardFile, ShardWriter
+from llava_next.data.storage.client import Storage
 
 SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
 TURNS = [{"from": "human", "value": "<image>\nWas ist das?"}, {"from": "gpt", "value": "Ein Käfer 🐞"}]

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ANYRES, gradients, pack_tiny, random_samples, stock_logits, stock_loss, tiny_config, tiny_pair
 
 from llava_next.anyres import AnyRes
-from llava_next.data.batch import Example, pack
-from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
-from llava_next.training.agreement import slot_weights
+from llava_next.data.loading.batch import Example, pack
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
+from llava_next.training.devices.agreement import slot_weights
+from support.tiny import ANYRES, gradients, pack_tiny, random_samples, stock_logits, stock_loss, tiny_config, tiny_pair
 
-GOLDEN = Path(__file__).parent / "data" / "tiny_model"
+GOLDEN = Path(__file__).parents[1] / "data" / "tiny_model"
 TOLERANCE = 1e-5
 
 
@@ -123,7 +123,7 @@ def test_loss_is_the_same_in_chunks_of_the_head(pair, monkeypatch):
     batch = pack_tiny([e for e, _ in random_samples(7, count=6)])
     results = []
     for chunk in (1024, 13):
-        monkeypatch.setattr("llava_next.model.head.CHUNK", chunk)
+        monkeypatch.setattr("llava_next.model.forward.head.CHUNK", chunk)
         model.zero_grad()
         loss = model(**batch.model_inputs(torch.device("cpu")), num_sources=2).loss
         loss.backward()

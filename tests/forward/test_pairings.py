@@ -6,7 +6,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny import (
+from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
+
+from llava_next.model.folders.dry import LLMS, TOWERS
+from llava_next.model.folders.export import save_model
+from llava_next.model.forward import attention, modeling
+from llava_next.model.forward.attention import attention_names, check_window, choose_attention
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
+from llava_next.training.devices.agreement import slot_weights
+from llava_next.training.devices.parallel import apply_checkpointing
+from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
+from support.tiny import (
     IMAGE_TOKEN_ID,
     geometry,
     gradients,
@@ -18,16 +28,6 @@ from tiny import (
     stock_loss,
     tiny_pair,
 )
-from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
-
-from llava_next.model import attention, modeling
-from llava_next.model.attention import attention_names, check_window, choose_attention
-from llava_next.model.dry import LLMS, TOWERS
-from llava_next.model.export import save_model
-from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
-from llava_next.training.agreement import slot_weights
-from llava_next.training.optim import Rates, build_optimizer, freeze
-from llava_next.training.parallel import apply_checkpointing
 
 TOLERANCE = 1e-5
 close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from demo import build_demo
 from PIL import Image
-from tiny import ANYRES, pack_tiny, random_samples
 
-from llava_next.data.encode import Encoder
-from llava_next.data.feed import Feed
-from llava_next.data.loader import _ENCODER_FILES, LoaderOptions, build_loader, start_worker_server
-from llava_next.data.mixture import Mixture
+from llava_next.data.loading.encode import Encoder
+from llava_next.data.loading.feed import Feed
+from llava_next.data.loading.loader import _ENCODER_FILES, LoaderOptions, build_loader, start_worker_server
+from llava_next.data.plan.mixture import Mixture
 from llava_next.training.setup import load_parts
+from support.demo import build_demo
+from support.tiny import ANYRES, pack_tiny, random_samples
 
 BATCH = 16
 IN_PROCESS = LoaderOptions(num_workers=0)

@@ -18,16 +18,16 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from demo import build_demo
-from faults import LASTING, FaultServer, S3Server
-from workers.stream import read_rank
 
-from llava_next.data.cache import Cache
-from llava_next.data.feed import Feed
-from llava_next.data.loader import LoaderOptions, build_loader
-from llava_next.data.mixture import Mixture
-from llava_next.data.storage import Storage, StorageError
+from llava_next.data.loading.feed import Feed
+from llava_next.data.loading.loader import LoaderOptions, build_loader
+from llava_next.data.plan.mixture import Mixture
+from llava_next.data.storage.cache import Cache
+from llava_next.data.storage.client import Storage, StorageError
 from llava_next.training.setup import load_parts
+from support.demo import build_demo
+from support.faults import LASTING, FaultServer, S3Server
+from support.workers.stream import read_rank
 
 SAMPLES, BATCH, STEPS = 60, 8, 16  # two epochs of 60 samples: 8 steps each, the last of an epoch smaller
 
@@ -73,7 +73,7 @@ def total(outs, key: str) -> float:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["workers.stream", "llava_next.training.setup"])
+CONTEXT.set_forkserver_preload(["support.workers.stream", "llava_next.training.setup"])
 
 
 def start_ranks(demo, url, outs, num_workers, start_step, **options):
@@ -223,14 +223,14 @@ def test_signals_do_not_reach_workers_and_a_killed_rank_leaves_nothing(demo, tmp
     script = f"""
 import pickle, sys, time
 from pathlib import Path
-from workers.stream import read_rank
+from support.workers.stream import read_rank
 if __name__ == "__main__":
     encoder = pickle.load(open(sys.argv[1], "rb"))
     read_rank({str(demo[0])!r}, encoder, Path({str(tmp_path / "rank0")!r}), num_workers=2, pause=0.1, epochs=20)
 """
     (tmp_path / "rank.py").write_text(script)
     (tmp_path / "encoder").write_bytes(pickle.dumps(demo[1]))
-    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, tmp_path / "rank.py", tmp_path / "encoder"]
     rank = psutil.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90

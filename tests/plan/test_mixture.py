@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ANYRES
 
-from llava_next.data.dataset import read_info
-from llava_next.data.index import read_dataset
-from llava_next.data.lazy_index import LazyIndex
-from llava_next.data.mixture import Mixture
-from llava_next.data.plan import Order
-from llava_next.data.shards import RawSample, StripInfo, encode_strip
-from llava_next.data.storage import Storage
-from llava_next.data.writer import ShardWriter
+from llava_next.data.format.dataset import read_info
+from llava_next.data.format.index import read_dataset
+from llava_next.data.format.lazy_index import LazyIndex
+from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.format.writer import ShardWriter
+from llava_next.data.plan.mixture import Mixture
+from llava_next.data.plan.order import Order
+from llava_next.data.storage.client import Storage
+from support.tiny import ANYRES
 
 
 def write_samples(folder, count: int, shard_samples: int, seed: int = 0):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_next.anyres import ORIGINAL_336, AnyRes
-from llava_next.data.plan import CostModel, Order, Source, deal, num_steps, order, plan_hash
+from llava_next.data.plan.dealing import CostModel, deal
+from llava_next.data.plan.order import Order, Source, num_steps, order, plan_hash
 
-PROFILE = json.loads((Path(__file__).parent / "data" / "mix665k_profile.json").read_text())
+PROFILE = json.loads((Path(__file__).parents[1] / "data" / "mix665k_profile.json").read_text())
 REPEATS = st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.7])
 
 

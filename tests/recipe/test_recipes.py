@@ -4,16 +4,16 @@ import math
 import re
 import shlex
 
-import compose
 import pytest
-from launching import ROOT
 
+import compose
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.model.dry import architecture
+from llava_next.model.folders.dry import architecture
 from llava_next.templates import get_template
-from llava_next.training.config import parse_run
-from llava_next.training.optim import rate_multiplier, warmup_steps
+from llava_next.training.recipe.config import parse_run
+from llava_next.training.recipe.optim import rate_multiplier, warmup_steps
 from llava_next.training.setup import load_parts
+from support.launching import ROOT
 
 RECIPES = ROOT / "scripts/recipes"
 TEMPLATES = {"vicuna-7b": "vicuna_v1", "llama3-8b": "llama_3", "qwen2-7b": "qwen", "mistral-7b": "mistral"}

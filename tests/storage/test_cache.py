@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import FaultServer
 
-from llava_next.data.cache import Cache
-from llava_next.data.storage import Storage, StorageError
+from llava_next.data.storage.cache import Cache
+from llava_next.data.storage.client import Storage, StorageError
+from support.faults import FaultServer
 
 DATA = random.Random(0).randbytes(400_000)
 RANGES = [(start, 900 + start % 77) for start in range(0, 390_000, 1000)]

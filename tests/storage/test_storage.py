@@ -12,9 +12,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults import FaultServer, S3Server
 
-from llava_next.data.storage import IOStats, MissingObjectError, Storage, StorageError, redact, written_aside
+from llava_next.data.storage.client import IOStats, MissingObjectError, Storage, StorageError, redact, written_aside
+from support.faults import FaultServer, S3Server
 
 DATA = bytes(range(256)) * 40
 RANGES = [(start, 100 + start % 50) for start in range(0, 10_000, 25)]  # 400 of them
@@ -331,7 +331,7 @@ def test_web_servers_and_the_hub_are_read_only(server):
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 READ_FROM_HUB = """
 import json, pickle
-from llava_next.data.storage import MissingObjectError, Storage
+from llava_next.data.storage.client import MissingObjectError, Storage
 storage = Storage("hf://datasets/org/name/train", retry_seconds=20)
 ranges = [storage.read_range("data.tar", start, 64, size=10240).hex() for start in range(0, 10240, 64)]
 stats = storage.stats()

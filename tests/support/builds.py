@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import build_shards as tool
 import numpy as np
 from PIL import Image
 
+import build_shards as tool
 from llava_next.anyres import AnyRes
-from llava_next.data.index import read_dataset
-from llava_next.data.shards import read_sample
-from llava_next.data.storage import Storage
+from llava_next.data.format.index import read_dataset
+from llava_next.data.format.shards import read_sample
+from llava_next.data.storage.client import Storage
 
 TOOL = Path(tool.__file__)
 

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import build_shards
-import make_digits
 import torch
 
-from llava_next.model.compose import compose, random_part
-from llava_next.model.dry import DEMO_PINPOINTS, corpus_texts, demo_configs, train_tokenizer
+import build_shards
+import make_digits
+from llava_next.model.folders.compose import compose, random_part
+from llava_next.model.folders.dry import DEMO_PINPOINTS, corpus_texts, demo_configs, train_tokenizer
 
 
 def build_demo(folder: Path, samples: int) -> None:

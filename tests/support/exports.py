@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import real_tokenizers
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -16,9 +15,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from llava_next.model.compose import compose, random_part
-from llava_next.model.export import save_model
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.folders.compose import compose, random_part
+from llava_next.model.folders.export import save_model
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from support import real_tokenizers
 
 PINPOINTS = ((56, 28), (28, 56), (56, 56), (28, 84), (84, 28))
 WIDTHS = {

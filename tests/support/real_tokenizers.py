@@ -16,7 +16,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_base import generate_merges
 
-LLAMA2_PIECES = Path(__file__).parent / "data" / "llama2_pieces.json"
+LLAMA2_PIECES = Path(__file__).parents[1] / "data" / "llama2_pieces.json"
 LLAMA2_VOCABULARY = 32000
 CONTROL = ["<unk>", "<s>", "</s>"]
 

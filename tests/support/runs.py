@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launching import ROOT, launch
+from support.launching import ROOT, launch
 
 
 def run_demo(demo: Path, folder: Path, *options, processes: int = 1, check: bool = True):

@@ -5,13 +5,13 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import real_tokenizers
 from PIL import Image
 from transformers import LlavaNextProcessor, PreTrainedTokenizerFast
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_next.templates import Template, get_template
 from llava_next.tokenise import IGNORE_INDEX, IMAGE_TOKEN
+from support import real_tokenizers
 
 IMAGE = Image.new("RGB", (50, 40), (200, 30, 90))
 

@@ -8,9 +8,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
 from llava_next.anyres import AnyRes
-from llava_next.data.batch import Example, PackedBatch, pack
-from llava_next.model.dry import architecture, scaled
-from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
+from llava_next.data.loading.batch import Example, PackedBatch, pack
+from llava_next.model.folders.dry import architecture, scaled
+from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
 
 TILE, PATCH = 28, 7
 PINPOINTS = ((56, 28), (28, 56), (56, 56), (28, 84), (84, 28))
@@ -88,7 +88,7 @@ def tiny_pair(
 
     With a `config`, biases and norms are random too: at 0 and 1 a forward that forgets them would be right.
     """
-    from llava_next.model.export import save_model
+    from llava_next.model.folders.export import save_model
 
     torch.manual_seed(seed)
     model = LlavaNextForConditionalGeneration(config or tiny_config())

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from tiny import pack_tiny, random_samples
 from torch.nn import functional as F
 
-from llava_next.model import attention
-from llava_next.model.attention import attention_names
+from llava_next.model.forward import attention
+from llava_next.model.forward.attention import attention_names
+from support.tiny import pack_tiny, random_samples
 
 
 def dense_attention(query, key, value, cu_seqlens, max_length, scaling) -> torch.Tensor:

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from demo import build_demo
-from faults import FaultServer
-from runs import read_lines, run_demo
-from tiny import pixel_batch
 from torch.distributed.fsdp import fully_shard
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
-from llava_next.data.feed import Feed
-from llava_next.data.loader import LoaderOptions, build_loader
-from llava_next.data.mixture import Mixture
-from llava_next.data.shards import read_sample
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.agreement import RanksDisagree, agree_on_step, same_on_all_ranks
-from llava_next.training.health import NonFinite
-from llava_next.training.journal import flat
-from llava_next.training.optim import Rates, build_optimizer, freeze, rate_multiplier, set_rates
+from llava_next.data.format.shards import read_sample
+from llava_next.data.loading.feed import Feed
+from llava_next.data.loading.loader import LoaderOptions, build_loader
+from llava_next.data.plan.mixture import Mixture
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices.agreement import RanksDisagree, agree_on_step, same_on_all_ranks
+from llava_next.training.recipe.optim import Rates, build_optimizer, freeze, rate_multiplier, set_rates
 from llava_next.training.setup import load_parts
-from llava_next.training.timing import StepTimer
+from llava_next.training.watch.health import NonFinite
+from llava_next.training.watch.journal import flat
+from llava_next.training.watch.timing import StepTimer
+from support.demo import build_demo
+from support.faults import FaultServer
+from support.runs import read_lines, run_demo
+from support.tiny import pixel_batch
 
 SAMPLES, MAX_LENGTH = 200, 300
 
@@ -244,7 +244,7 @@ def compare_texts(rank: int, folder, texts) -> None:
 @pytest.mark.parametrize(("texts", "expected"), [(("a", "a"), "agreed"), (("a", "b"), "different configuration")])
 def test_ranks_with_different_configurations_all_refuse_to_start(tmp_path, texts, expected):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llava_next.training.agreement"])
+    context.set_forkserver_preload(["llava_next.training.devices.agreement"])
     ranks = [context.Process(target=compare_texts, args=(rank, tmp_path, texts)) for rank in range(2)]
     for rank in ranks:
         rank.start()

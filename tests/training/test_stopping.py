@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from demo import build_demo
-from launching import ROOT, command_and_environment
-from runs import losses
 
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training import loop
+from llava_next.training.checkpoints.recovery import complete_checkpoints
 from llava_next.training.loop import StopSignal
-from llava_next.training.recovery import complete_checkpoints
+from support.demo import build_demo
+from support.launching import ROOT, command_and_environment
+from support.runs import losses
 
 KILLS = int(os.environ.get("LLAVA_NEXT_KILLS", "0"))
 

@@ -5,22 +5,22 @@ import shutil
 import sys
 from pathlib import Path
 
-import evaluate
-import finetune
 import numpy as np
 import pytest
 import torch
-from demo import build_demo, compose_demo
-from runs import run_demo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_next.model.export import save_model
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.agreement import slot_weights
-from llava_next.training.config import parse_run, save_run
-from llava_next.training.optim import rate_multiplier, warmup_steps
-from llava_next.training.recovery import checkpoint_to_resume, complete_checkpoints
+import evaluate
+import finetune
+from llava_next.model.folders.export import save_model
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.checkpoints.recovery import checkpoint_to_resume, complete_checkpoints
+from llava_next.training.devices.agreement import slot_weights
+from llava_next.training.recipe.config import parse_run, save_run
+from llava_next.training.recipe.optim import rate_multiplier, warmup_steps
 from llava_next.training.setup import report_export
+from support.demo import build_demo, compose_demo
+from support.runs import run_demo
 
 SAMPLES, BATCH = 96, 16
 
@@ -46,7 +46,7 @@ def straight_run(demo, tmp_path_factory):
 
 
 def test_schedule_equals_the_original_at_every_recorded_step():
-    golden = json.loads((Path(__file__).parent / "data" / "schedule.json").read_text())["schedules"]
+    golden = json.loads((Path(__file__).parents[1] / "data" / "schedule.json").read_text())["schedules"]
     assert len(golden) == 2
     for schedule in golden:
         total, ratio = schedule["total_steps"], schedule["warmup_ratio"]
@@ -207,10 +207,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(demo, tmp_path, monkeypatch,
 
 def test_damaged_sample_becomes_a_hole_and_the_run_goes_on(demo, tmp_path):
     """A strip that no longer decodes, checksums made to match: left out, written down, equal on all ranks."""
-    from llava_next.data.index import read_dataset
-    from llava_next.data.shards import StripInfo, read_sample
-    from llava_next.data.storage import Storage
-    from llava_next.data.writer import ShardFile, write_dataset
+    from llava_next.data.format.index import read_dataset
+    from llava_next.data.format.shards import StripInfo, read_sample
+    from llava_next.data.format.writer import ShardFile, write_dataset
+    from llava_next.data.storage.client import Storage
 
     info, index = read_dataset(demo / "shards")
     storage, folder, parts = Storage(demo / "shards"), tmp_path / "shards", []

@@ -14,11 +14,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
-from runs import read_lines
 
-from llava_next.training.config import RunConfig, Source
-from llava_next.training.journal import Journal, flat
-from llava_next.training.metrics import JsonLines, Progress
+from llava_next.training.recipe.config import RunConfig, Source
+from llava_next.training.watch.journal import Journal, flat
+from llava_next.training.watch.metrics import JsonLines, Progress
+from support.runs import read_lines
 
 
 def step_record(step: int, loss: float = 0.5) -> dict:

@@ -10,8 +10,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import get_origin
 
 from llava_next.anyres import AnyRes
-from llava_next.data.storage import MissingObjectError, Storage
-from llava_next.data.tar import one_line
+from llava_next.data.format.tar import one_line
+from llava_next.data.storage.client import MissingObjectError, Storage
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"

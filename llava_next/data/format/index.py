@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llava_next.anyres import MAX_SIDE, AnyRes
-from llava_next.data.dataset import DATASET_FILE, MAX_TILES, DatasetInfo, read_info
-from llava_next.data.storage import Storage, StorageError
-from llava_next.data.tar import one_line
+from llava_next.data.format.dataset import DATASET_FILE, MAX_TILES, DatasetInfo, read_info
+from llava_next.data.format.tar import one_line
+from llava_next.data.storage.client import Storage, StorageError
 
 INDEX_FILE = "index.parquet"
 TEXT_TOKENS_PREFIX = "text_tokens_"  # + a tokenizer's fingerprint: exact token counts, int32, template included

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_next.data.dataset import DatasetInfo
-from llava_next.data.index import INDEX_FILE, Index, check_footer, check_rows, index_errors, parse
-from llava_next.data.storage import Storage
+from llava_next.data.format.dataset import DatasetInfo
+from llava_next.data.format.index import INDEX_FILE, Index, check_footer, check_rows, index_errors, parse
+from llava_next.data.storage.client import Storage
 
 READ_THREADS = 16
 

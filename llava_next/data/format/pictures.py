@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_next.data.tar import BadSample
+from llava_next.data.format.tar import BadSample
 
 # Not all that Pillow knows: some of its formats start programs (EPS runs Ghostscript).
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

@@ -19,9 +19,16 @@ from einops import rearrange
 from PIL import Image
 
 from llava_next.anyres import MAX_SIDE
-from llava_next.data.dataset import MAX_TILES
-from llava_next.data.pictures import RAW_FORMATS, RAW_KINDS, check_scans, decoding_error, open_picture, parse_foreign
-from llava_next.data.tar import BadSample, tar_members
+from llava_next.data.format.dataset import MAX_TILES
+from llava_next.data.format.pictures import (
+    RAW_FORMATS,
+    RAW_KINDS,
+    check_scans,
+    decoding_error,
+    open_picture,
+    parse_foreign,
+)
+from llava_next.data.format.tar import BadSample, tar_members
 
 CODECS = ("auto", "jpeg", "webp")
 MAX_JSON_BYTES = 8 << 20

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_next.anyres import AnyRes
-from llava_next.data.dataset import DATASET_FILE, DatasetInfo, ShardInfo
-from llava_next.data.index import INDEX_FILE, ROW_SCHEMA, SCHEMA, TEXT_TOKENS_PREFIX
-from llava_next.data.shards import RawSample, sample_members
-from llava_next.data.storage import Storage, written_aside
-from llava_next.data.tar import BadSample
+from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo
+from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA, SCHEMA, TEXT_TOKENS_PREFIX
+from llava_next.data.format.shards import RawSample, sample_members
+from llava_next.data.format.tar import BadSample
+from llava_next.data.storage.client import Storage, written_aside
 
 NEXT_FILE = "dataset.next.json"  # `dataset.json` of an index that is being replaced
 _NOTHING = {

@@ -10,9 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_next.anyres import AnyRes
-from llava_next.data.batch import Example, move_features
-from llava_next.data.pictures import open_picture
-from llava_next.data.shards import BadSample, RawSample, StripInfo, decode_strip
+from llava_next.data.format.pictures import open_picture
+from llava_next.data.format.shards import BadSample, RawSample, StripInfo, decode_strip
+from llava_next.data.loading.batch import Example, move_features
 from llava_next.templates import Template
 
 ENCODER_VARIABLE = "LLAVA_NEXT_ENCODER"  # tells the server of workers which file `load_encoder` is to read

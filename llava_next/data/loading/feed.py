@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from llava_next.data.batch import PackedBatch
-from llava_next.data.stall import StallDump
+from llava_next.data.loading.batch import PackedBatch
+from llava_next.data.loading.stall import StallDump
 
 READY = 8  # micro-batches that wait for the loop at most
 

@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_next.data.batch import Example, Hole, PackedBatch, pack
-from llava_next.data.encode import ENCODER_VARIABLE, Encoder, SharedEncoder
-from llava_next.data.mixture import Mixture, Request, SampleRef
-from llava_next.data.shards import BadSample, read_sample
-from llava_next.data.stall import StallDump
-from llava_next.data.storage import IOStats, Storage
+from llava_next.data.format.shards import BadSample, read_sample
+from llava_next.data.loading.batch import Example, Hole, PackedBatch, pack
+from llava_next.data.loading.encode import ENCODER_VARIABLE, Encoder, SharedEncoder
+from llava_next.data.loading.stall import StallDump
+from llava_next.data.plan.mixture import Mixture, Request, SampleRef
+from llava_next.data.storage.client import IOStats, Storage
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def start_worker_server(encoder: Encoder) -> None:
             pickle.dump(encoder, file)
         _ENCODER_FILES[encoder] = path
     loaded = [name for name in sys.modules if name.startswith("llava_next.")]
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*loaded, "llava_next.data.preload"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*loaded, "llava_next.data.loading.preload"])
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored stays so in a new program
     os.environ[ENCODER_VARIABLE] = _ENCODER_FILES[encoder]
     try:

@@ -9,7 +9,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from llava_next.data.encode import ENCODER_VARIABLE, load_encoder
+from llava_next.data.loading.encode import ENCODER_VARIABLE, load_encoder
 
 # Not as the user has it: a fork has none of the threads that a tokenizer has started, and would wait for them.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

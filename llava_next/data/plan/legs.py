@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_next.data import plan
+from llava_next.data.plan.order import Order, Source, num_steps
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,24 @@ class Leg:
     epoch: int = 0
 
     @property
-    def plan_sources(self) -> list[plan.Source]:
+    def plan_sources(self) -> list[Source]:
         """Its sources as the plan takes them."""
         return [
-            plan.Source(s["name"], [size for size, count in s["shards"] for _ in range(count)], s["repeat"])
+            Source(s["name"], [size for size, count in s["shards"] for _ in range(count)], s["repeat"])
             for s in self.sources
         ]
 
-    def order(self, epoch: int) -> plan.Order:
+    def order(self, epoch: int) -> Order:
         """The order of an epoch."""
-        return plan.Order(self.plan_sources, self.seed, epoch, self.shuffle_shards)
+        return Order(self.plan_sources, self.seed, epoch, self.shuffle_shards)
 
 
 def split(steps: int, epoch: int, rest: int | None, per_epoch: int, batch_size: int) -> tuple[int, int]:
     """(epoch, step in it) after `steps` steps of a leg that began in `epoch` with `rest` samples of it left."""
-    first = plan.num_steps(per_epoch if rest is None else rest, batch_size)
+    first = num_steps(per_epoch if rest is None else rest, batch_size)
     if steps < first:
         return epoch, steps
-    later, within = divmod(steps - first, plan.num_steps(per_epoch, batch_size))
+    later, within = divmod(steps - first, num_steps(per_epoch, batch_size))
     return epoch + 1 + later, within
 
 

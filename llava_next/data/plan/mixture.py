@@ -17,12 +17,13 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from llava_next.anyres import AnyRes
-from llava_next.data import plan
-from llava_next.data.dataset import DatasetInfo, check_geometry, read_info
-from llava_next.data.index import Index, Location, read_index
-from llava_next.data.lazy_index import LazyIndex
-from llava_next.data.legs import Leg, place, rest_of_epoch, split
-from llava_next.data.storage import Storage
+from llava_next.data.format.dataset import DatasetInfo, check_geometry, read_info
+from llava_next.data.format.index import Index, Location, read_index
+from llava_next.data.format.lazy_index import LazyIndex
+from llava_next.data.plan.dealing import CostModel, deal
+from llava_next.data.plan.legs import Leg, place, rest_of_epoch, split
+from llava_next.data.plan.order import PLAN_FORMAT, Order, Source, num_steps, plan_hash
+from llava_next.data.storage.client import Storage
 
 RESIDENT_SAMPLES = 4_000_000  # a larger data set's index (65 bytes a sample) is read window by window
 SURVEYED_SHARDS = 8  # of such a data set, to estimate what the whole one is like
@@ -60,7 +61,7 @@ class Mixture:
         max_length: tokens that are kept of a sample.
         fingerprint: of tokenizer and template, to find exact text lengths in the index; without them lengths are
             estimated, which changes how full micro-batches get and nothing else.
-        shuffle_shards: see `plan.Order`.
+        shuffle_shards: see `Order`.
         cost: what a sample costs, for dealing.
         resident_samples: a data set with more is not held in memory; see `LazyIndex`.
 
@@ -78,7 +79,7 @@ class Mixture:
         max_length: int = 4096,
         fingerprint: str | None = None,
         shuffle_shards: int | None = None,
-        cost: plan.CostModel | None = None,
+        cost: CostModel | None = None,
         resident_samples: int = RESIDENT_SAMPLES,
     ):
         self.anyres, self.batch_size, self.epochs, self.seed = anyres, batch_size, epochs, seed
@@ -96,14 +97,14 @@ class Mixture:
         ]
         self.infos, self.indexes = zip(*opened, strict=True) if opened else ((), ())
         self.plan_sources = [
-            plan.Source(name, [shard.samples for shard in info.shards], repeat)
+            Source(name, [shard.samples for shard in info.shards], repeat)
             for name, info, (_, _, repeat) in zip(names, self.infos, sources, strict=True)
         ]
         self._starts = np.cumsum([0, *(info.samples for info in self.infos)])
         self.samples_per_epoch = sum(source.epoch_samples for source in self.plan_sources)
         if not self.samples_per_epoch:
             raise ValueError(f"no samples to train on in {[storage.label for storage in self.storages]}")
-        self.steps_per_epoch = plan.num_steps(self.samples_per_epoch, batch_size)
+        self.steps_per_epoch = num_steps(self.samples_per_epoch, batch_size)
         self.exact_lengths, self.num_too_long = self._survey()
         self._order = lru_cache(maxsize=2)(self._order_of)
         self._begin([self._leg()])  # sets `total_steps`: each epoch ends with a step of what is left
@@ -146,8 +147,8 @@ class Mixture:
         repeats = [source.repeat for source in self.plan_sources]
         hashes = [index.hash() for index in self.indexes]
         return {
-            "format": plan.PLAN_FORMAT,
-            "plan_hash": plan.plan_hash(hashes, self.names, repeats, self.seed, self.batch_size, self.shuffle_shards),
+            "format": PLAN_FORMAT,
+            "plan_hash": plan_hash(hashes, self.names, repeats, self.seed, self.batch_size, self.shuffle_shards),
             "sources": {
                 name: {"index": h, "repeat": r} for name, h, r in zip(self.names, hashes, repeats, strict=True)
             },
@@ -178,7 +179,7 @@ class Mixture:
             if key != "legs" and state.get(key) != ours[key]
         ]
         legs = [Leg(**{**leg, "sources": tuple(leg["sources"])}) for leg in state.get("legs", ())]
-        if (different and not allow_changed_plan) or state.get("format") != plan.PLAN_FORMAT or not legs:
+        if (different and not allow_changed_plan) or state.get("format") != PLAN_FORMAT or not legs:
             raise ValueError(
                 "the checkpoint was made with another plan, samples would repeat or be left out: "
                 + "; ".join(different)
@@ -209,15 +210,15 @@ class Mixture:
         """Makes the last of `legs` the current one."""
         self.legs, self._rest = legs, rest_of_epoch(legs) if len(legs) > 1 else None
         self._order.cache_clear()
-        first = self.steps_per_epoch if self._rest is None else plan.num_steps(len(self._rest), self.batch_size)
+        first = self.steps_per_epoch if self._rest is None else num_steps(len(self._rest), self.batch_size)
         self.total_steps = legs[-1].first_step + first + self.steps_per_epoch * (self.epochs - legs[-1].epoch - 1)
         if self.total_steps <= legs[-1].first_step:
             raise ValueError(
                 f"data.epochs is {self.epochs}: after {legs[-1].first_step} steps nothing of them is left to train on"
             )
 
-    def _order_of(self, epoch: int) -> plan.Order:
-        return plan.Order(self.plan_sources, self.seed, epoch, self.shuffle_shards)
+    def _order_of(self, epoch: int) -> Order:
+        return Order(self.plan_sources, self.seed, epoch, self.shuffle_shards)
 
     def epoch(self, step: int) -> int:
         """The epoch, counted from 0, that a step of the current leg lies in."""
@@ -256,8 +257,8 @@ class Mixture:
         return np.searchsorted(self._starts, ids, side="right") - 1
 
     def deal(self, step: int, world: int, token_budget: int, tile_budget: int) -> list[list[np.ndarray]]:
-        """Slots of a step by micro-batch and rank, see `plan.deal`."""
-        return plan.deal(*self.step_sizes(step), world, token_budget, tile_budget, self.cost)
+        """Slots of a step by micro-batch and rank, see `deal`."""
+        return deal(*self.step_sizes(step), world, token_budget, tile_budget, self.cost)
 
     def ref(self, sample_id: int, slot: int) -> SampleRef:
         """Where sample `sample_id` lies."""

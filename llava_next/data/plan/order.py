@@ -1,10 +1,9 @@
-"""The plan: which samples make up every optimizer step, and which rank computes them. Numpy only, no I/O.
+"""The order: which samples make up every optimizer step. Numpy only, no I/O.
 
 `order` lists the samples of an epoch; step s takes samples [s * B, (s + 1) * B) of it. Nothing that happens later (the
 number of ranks, workers, retries, broken samples) changes that list, so a run's position in the data is one integer.
 Random numbers are raw 64-bit words of a counter-based generator, whose stream NumPy guarantees across versions and
-machines (that of `Generator.permutation` it does not). `deal` spreads the samples of one step over ranks and
-micro-batches, see `dealing.py`.
+machines (that of `Generator.permutation` it does not).
 """
 
 import hashlib
@@ -17,9 +16,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from llava_next.data.dealing import CostModel, deal
-
-__all__ = ["CostModel", "Order", "Source", "deal", "num_steps", "order", "permutation", "plan_hash"]
+__all__ = ["Order", "Source", "num_steps", "order", "permutation", "plan_hash"]
 
 # Goes into `plan_hash`: raise it whenever `order` gives another list for the same arguments.
 PLAN_FORMAT = 1

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
-from llava_next.data.cache import Cache
-from llava_next.data.errors import MissingObjectError, RequestError, StorageError, redact
-from llava_next.data.hub import Hub
-from llava_next.data.objects import CLOUD_SCHEMES, SHORTER_THAN_INDEX, WEB_SCHEMES, Objects, Version
+from llava_next.data.storage.cache import Cache
+from llava_next.data.storage.errors import MissingObjectError, RequestError, StorageError, redact
+from llava_next.data.storage.hub import Hub
+from llava_next.data.storage.objects import CLOUD_SCHEMES, SHORTER_THAN_INDEX, WEB_SCHEMES, Objects, Version
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts

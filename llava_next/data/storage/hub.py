@@ -10,8 +10,8 @@ import re
 import threading
 from urllib.parse import quote, unquote
 
-from llava_next.data.errors import RequestError, first_line, redact
-from llava_next.data.objects import SHORTER_THAN_INDEX, Version
+from llava_next.data.storage.errors import RequestError, first_line, redact
+from llava_next.data.storage.objects import SHORTER_THAN_INDEX, Version
 
 _URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?(/(?P<folder>[^?#]*))?")
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")

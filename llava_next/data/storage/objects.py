@@ -17,7 +17,7 @@ import obstore
 from obstore.exceptions import BaseError, GenericError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import HTTPStore, LocalStore, from_url
 
-from llava_next.data.errors import RequestError, first_line
+from llava_next.data.storage.errors import RequestError, first_line
 
 CLOUD_SCHEMES = ("s3", "gs", "az")
 WEB_SCHEMES = ("http", "https")

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, LlavaNextConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from llava_next.anyres import AnyRes
-from llava_next.model.export import INDEX_NAME, file_key
-from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration
+from llava_next.model.folders.export import INDEX_NAME, file_key
+from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
 from llava_next.templates import TEMPLATES, Template
 from llava_next.tokenise import IMAGE_TOKEN
 

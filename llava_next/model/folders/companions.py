@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import LlavaNextConfig, PreTrainedTokenizerBase
 
-from llava_next.model.modeling import NORMALISATION
+from llava_next.model.forward.modeling import NORMALISATION
 from llava_next.templates import IMAGE_TOKEN, Template
 
 # Everything beside weights and config that belongs to a model folder; copied from the folder training started with.

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.model.companions import write_companions
-from llava_next.model.export import MAX_FILE_BYTES, file_key, write_config, write_weights
-from llava_next.model.modeling import NORMALISATION, LlavaNextForConditionalGeneration
-from llava_next.model.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
+from llava_next.model.folders.companions import write_companions
+from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, write_config, write_weights
+from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
+from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
 from llava_next.templates import IMAGE_TOKEN, get_template
 
 LLM_KINDS = ("llama", "qwen2", "mistral")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llava_next.model.companions import copy_companions
+from llava_next.model.folders.companions import copy_companions
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9

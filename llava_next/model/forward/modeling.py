@@ -1,8 +1,8 @@
 """LLaVA-NeXT with a packed forward.
 
 `LlavaNextForConditionalGeneration` is transformers' class with the same parameters, keys and config. It adds one
-forward path: a flat sequence of segments (see `llava_next.data.batch.PackedBatch` for the fields) in which image
-features are placed by precomputed indices, attention runs by segment, and the head sees supervised positions only.
+forward path: a flat sequence of segments (fields: `llava_next.data.loading.batch.PackedBatch`) in which image features
+are placed by precomputed indices, attention runs by segment, and the head sees supervised positions only.
 Called without the packed fields it is the stock model.
 """
 
@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 from transformers.utils import ModelOutput
 
-from llava_next.model.attention import SEGMENT_ATTENTION, SEGMENT_NAMES
-from llava_next.model.head import LossHead
+from llava_next.model.forward.attention import SEGMENT_ATTENTION, SEGMENT_NAMES
+from llava_next.model.forward.head import LossHead
 
 # mean and std of the tiles' normalisation by kind of vision tower, as in the processors published with them
 NORMALISATION = {
@@ -61,7 +61,7 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
     def forward(self, input_ids=None, cu_seqlens: torch.Tensor | None = None, **kwargs):
         """The packed forward when `cu_seqlens` is given, transformers' forward otherwise.
 
-        The packed fields are those of `llava_next.data.batch.PackedBatch`; see `packed_forward`.
+        The packed fields are those of `llava_next.data.loading.batch.PackedBatch`; see `packed_forward`.
         """
         if cu_seqlens is None:
             return super().forward(input_ids=input_ids, **kwargs)

@@ -11,8 +11,8 @@ import shutil
 import zlib
 from pathlib import Path
 
-from llava_next.data.storage import Storage
-from llava_next.model.export import replace_folder
+from llava_next.data.storage.client import Storage
+from llava_next.model.folders.export import replace_folder
 
 MANIFEST = "manifest.json"
 PIECE = 64 * 2**20  # bytes of a read

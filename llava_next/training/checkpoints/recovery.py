@@ -24,11 +24,11 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from llava_next.data.storage import CLOUD_SCHEMES, Storage, written_aside
-from llava_next.training.agreement import agree
-from llava_next.training.config import RunConfig
-from llava_next.training.mirror import MANIFEST, Mirror
-from llava_next.training.optim import Rates
+from llava_next.data.storage.client import CLOUD_SCHEMES, Storage, written_aside
+from llava_next.training.checkpoints.mirror import MANIFEST, Mirror
+from llava_next.training.devices.agreement import agree
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.optim import Rates
 
 FORMAT = 2
 LEFTOVERS = (".tmp", ".old")  # of a save and of a removal that a kill cut short

@@ -32,11 +32,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from llava_next.model.export import replace_folder
-from llava_next.training.config import CheckpointConfig
-from llava_next.training.metrics import si
-from llava_next.training.mirror import MANIFEST, Mirror
-from llava_next.training.recovery import (
+from llava_next.model.folders.export import replace_folder
+from llava_next.training.checkpoints.mirror import MANIFEST, Mirror
+from llava_next.training.checkpoints.recovery import (
     FORMAT,
     CheckpointError,
     checkpoint_name,
@@ -44,7 +42,9 @@ from llava_next.training.recovery import (
     complete_checkpoints,
     remove_checkpoint,
 )
-from llava_next.training.sharded import Layout, rank_file, read_tensors
+from llava_next.training.checkpoints.sharded import Layout, rank_file, read_tensors
+from llava_next.training.recipe.config import CheckpointConfig
+from llava_next.training.watch.metrics import si
 
 TENSORS = "tensors.json"
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)

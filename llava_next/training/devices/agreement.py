@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from llava_next.data.batch import PackedBatch
-from llava_next.data.feed import Feed
-from llava_next.model.head import chunked_targets
+from llava_next.data.loading.batch import PackedBatch
+from llava_next.data.loading.feed import Feed
+from llava_next.model.forward.head import chunked_targets
 
 GROUP = 8  # samples of a group in `micro_batch_mean`: one micro-batch of the original runs
 COUNTS = ("samples", "tokens", "squared_lengths", "tiles", "chunked", "truncated", "holes")

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from llava_next.training.launch import layer_stacks
+from llava_next.training.devices.launch import layer_stacks
 
 INSTALL = "pip install -e '.[float8]'"
 LEAST_CAPABILITY = (8, 9)  # Ada, Hopper, Blackwell

@@ -1,8 +1,8 @@
 """Accelerator and FSDP2: what the file given to `accelerate launch` says, made to hold for this model.
 
-The YAML stays in charge of sharding, wrapping, checkpointing and precision (`llava_next.training.launch` checks it);
-added here is only what it cannot know: the layer classes of the model at hand, fp32 gradient reduction, which
-activations a checkpointed layer keeps, and the CPU.
+The YAML stays in charge of sharding, wrapping, checkpointing and precision (`launch` checks it); added here is only
+what it cannot know: the layer classes of the model at hand, fp32 gradient reduction, which activations a checkpointed
+layer keeps, and the CPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from llava_next.model.attention import keep_loop_uncompiled
-from llava_next.training.launch import check_launch, hsdp_sizes, layer_classes, layer_stacks
+from llava_next.model.forward.attention import keep_loop_uncompiled
+from llava_next.training.devices.launch import check_launch, hsdp_sizes, layer_classes, layer_stacks
 
 # gloo for small tensors on the host (counts, flags, sizes): the control plane never waits for the GPU
 BACKENDS = "cpu:gloo,cuda:nccl"

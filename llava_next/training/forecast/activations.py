@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from llava_next.model.head import CHUNK
-from llava_next.model.modeling import used_layers
-from llava_next.training.flops import Checkpointing, decoder_weights, tile_tokens
-from llava_next.training.optim import Rates
+from llava_next.model.forward.head import CHUNK
+from llava_next.model.forward.modeling import used_layers
+from llava_next.training.forecast.flops import Checkpointing, decoder_weights, tile_tokens
+from llava_next.training.recipe.optim import Rates
 
 
 @dataclass(frozen=True)

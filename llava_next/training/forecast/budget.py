@@ -2,7 +2,7 @@
 
 Everything follows from shapes (see `activations.py`) and from how FSDP2 moves weights: a layer's are gathered one layer
 ahead, its gradients are reduced in fp32 while the layer before is already at work. Held against measured peaks by
-tests/test_budget.py.
+tests/forecast/test_budget.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from llava_next.training.activations import Compute, activations
-from llava_next.training.flops import Checkpointing
-from llava_next.training.launch import layer_stacks
-from llava_next.training.optim import Rates
+from llava_next.training.devices.launch import layer_stacks
+from llava_next.training.forecast.activations import Compute, activations
+from llava_next.training.forecast.flops import Checkpointing
+from llava_next.training.recipe.optim import Rates
 
 # cheapest recomputation first
 POLICIES: tuple[Checkpointing, ...] = ("none", "selective", "full")

@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
-from llava_next.data.dealing import CostModel
-from llava_next.model.modeling import used_layers
-from llava_next.training.optim import Rates
+from llava_next.data.plan.dealing import CostModel
+from llava_next.model.forward.modeling import used_layers
+from llava_next.training.recipe.optim import Rates
 
 Checkpointing = Literal["none", "selective", "full"]
 

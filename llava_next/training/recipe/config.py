@@ -15,9 +15,9 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from llava_next.training.float8 import check_float8
-from llava_next.training.hardware import Hardware, parse_hardware
-from llava_next.training.optim import Rates
+from llava_next.training.devices.float8 import check_float8
+from llava_next.training.devices.hardware import Hardware, parse_hardware
+from llava_next.training.recipe.optim import Rates
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llava_next.model.modeling import LlavaNextForConditionalGeneration, unused_parameters
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
 
 # parameter-name prefix of each module that has a learning rate of its own
 MODULES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llava_next.data.stall import StallDump
+from llava_next.data.loading.stall import StallDump
 
 
 class NonFinite:

@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
-from llava_next.data.batch import PackedBatch
-from llava_next.data.mixture import Mixture
-from llava_next.training.config import RunConfig
-from llava_next.training.flops import FlopsModel
-from llava_next.training.metrics import JsonLines, Progress, console_line
+from llava_next.data.loading.batch import PackedBatch
+from llava_next.data.plan.mixture import Mixture
+from llava_next.training.forecast.flops import FlopsModel
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.watch.metrics import JsonLines, Progress, console_line
 
 
 class Journal:

@@ -21,12 +21,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from llava_next.training import recovery
-from llava_next.training.checkpoint import Checkpoints
-from llava_next.training.config import CheckpointConfig, RunConfig
-from llava_next.training.metrics import JsonLines
-from llava_next.training.recovery import checkpoint_name, find_resume, run_facts
-from llava_next.training.sharded import Layout
+from llava_next.training.checkpoints import recovery
+from llava_next.training.checkpoints.recovery import checkpoint_name, find_resume, run_facts
+from llava_next.training.checkpoints.saving import Checkpoints
+from llava_next.training.checkpoints.sharded import Layout
+from llava_next.training.recipe.config import CheckpointConfig, RunConfig
+from llava_next.training.watch.metrics import JsonLines
 
 BATCH = 8
 WRITE = Layout.write

@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_next.anyres import MAX_SIDE
-from llava_next.data.dataset import DATASET_FILE, MAX_TILES, DatasetInfo, read_info
-from llava_next.data.index import INDEX_FILE, SCHEMA, read_dataset
-from llava_next.data.lazy_index import LazyIndex
-from llava_next.data.pictures import open_picture
-from llava_next.data.shards import BadSample, decode_strip, read_sample, sample_members
-from llava_next.data.storage import Storage, StorageError
+from llava_next.data.format.dataset import DATASET_FILE, MAX_TILES, DatasetInfo, read_info
+from llava_next.data.format.index import INDEX_FILE, SCHEMA, read_dataset
+from llava_next.data.format.lazy_index import LazyIndex
+from llava_next.data.format.pictures import open_picture
+from llava_next.data.format.shards import BadSample, decode_strip, read_sample, sample_members
+from llava_next.data.storage.client import Storage, StorageError
 
 EXAMPLES = 300  # of a run without SECONDS
 MEMORY = 4 << 30  # bytes of address space beyond what the process has at its start

@@ -11,16 +11,16 @@ import argparse
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny import geometry, pack_tiny, random_samples
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from llava_next.model.export import full_tensors
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.agreement import agree_on_step, slot_weights
-from llava_next.training.launch import layer_stacks
-from llava_next.training.optim import Rates, build_optimizer, freeze
-from llava_next.training.parallel import build_accelerator, finish, shard
+from llava_next.model.folders.export import full_tensors
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices.agreement import agree_on_step, slot_weights
+from llava_next.training.devices.launch import layer_stacks
+from llava_next.training.devices.parallel import build_accelerator, finish, shard
+from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
+from support.tiny import geometry, pack_tiny, random_samples
 
 
 def samples_of(anyres):

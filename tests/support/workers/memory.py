@@ -12,14 +12,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from tiny import geometry, pack_tiny, random_samples
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from llava_next.model.attention import attention_names
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training.optim import Rates, build_optimizer, freeze
-from llava_next.training.parallel import build_accelerator, finish, shard
+from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices.parallel import build_accelerator, finish, shard
+from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
+from support.tiny import geometry, pack_tiny, random_samples
 
 
 def batch_of(config, rank: int):

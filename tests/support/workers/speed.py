@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from tracing import find_torchao, micro_batch, use_dense_attention
 
-from llava_next.model.export import save_model
-from llava_next.model.modeling import LlavaNextForConditionalGeneration
-from llava_next.training import parallel
-from llava_next.training.checkpoint import Checkpoints, state_tensors
-from llava_next.training.config import CheckpointConfig
-from llava_next.training.float8 import use_float8
-from llava_next.training.optim import Rates, build_optimizer, freeze
+from llava_next.model.folders.export import save_model
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.checkpoints.saving import Checkpoints, state_tensors
+from llava_next.training.devices import parallel
+from llava_next.training.devices.float8 import use_float8
+from llava_next.training.recipe.config import CheckpointConfig
+from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
+from support.tracing import find_torchao, micro_batch, use_dense_attention
 
 
 def build(accelerator, folder: Path, fast: str = ""):

@@ -8,11 +8,11 @@ import os
 import time
 from pathlib import Path
 
-from llava_next.data.batch import PackedBatch
-from llava_next.data.feed import Feed
-from llava_next.data.loader import LoaderOptions, build_loader
-from llava_next.data.mixture import Mixture
-from llava_next.data.storage import Storage
+from llava_next.data.loading.batch import PackedBatch
+from llava_next.data.loading.feed import Feed
+from llava_next.data.loading.loader import LoaderOptions, build_loader
+from llava_next.data.plan.mixture import Mixture
+from llava_next.data.storage.client import Storage
 
 
 def contents(batch: PackedBatch, patches_per_tile: int) -> list[tuple[int, int, str]]:

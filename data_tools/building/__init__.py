@@ -1,0 +1,13 @@
+"""Parts of `build_shards.py` and `index_shards.py`: from published data to shards.
+
+inputs.py: JSON inputs, listed in one pass
+embedded.py: inputs that hold their pictures: parquet, shards of others
+cutting.py: a record becomes a sample: text checked, pictures cut
+jobs.py: a build as a plan of shards that stand alone
+shard_walk.py: whole shards read once, strictly
+text_lengths.py: exact text lengths of a sample
+adding_lengths.py: the same, added to a data set
+progress.py: worker processes, and how far they are
+
+May import: the root's files, data.format, data.plan, data.storage.
+"""

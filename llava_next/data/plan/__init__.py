@@ -1,0 +1,9 @@
+"""Which samples make up a step, and which rank computes them: pure functions of the index and the seed.
+
+order.py: the order of an epoch
+dealing.py: a step dealt to ranks and micro-batches
+legs.py: what is left of an epoch when the plan changes
+mixture.py: the data sets of a run as one plan
+
+May import: the root's files, data.format, data.storage.
+"""

@@ -1,0 +1,11 @@
+"""Model folders: composed from parts, written, and proven whole.
+
+compose.py: a tower and a language model become one folder
+sources.py: where their weights come from
+dry.py: architectures that need no download
+companions.py: tokenizer, processor, chat template, generation config
+export.py: weights and config in the llava-hf layout
+check.py: a folder proven without loading its weights
+
+May import: the root's files, model.forward.
+"""

@@ -1,0 +1,8 @@
+"""The model that is trained: transformers' LLaVA-NeXT with one more forward path.
+
+modeling.py: `LlavaNextForConditionalGeneration` with the packed forward
+attention.py: causal attention by segment
+head.py: the LM head whose forward is the loss
+
+May import: nothing of the project.
+"""

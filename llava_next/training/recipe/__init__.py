@@ -1,0 +1,7 @@
+"""What a run is told: its configuration, what is trained and at which rate.
+
+config.py: typed options, from YAML and the command line
+optim.py: modules, rates, optimizer and schedule
+
+May import: model.forward, training.devices.
+"""
