@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 from llava_next.model.forward.attention import attention_names
@@ -13,6 +12,7 @@ from llava_next.training.banner import speed_lines
 from llava_next.training.devices.parallel import RECOMPILE_LIMIT, apply_checkpointing, compile_layers
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import Rates, freeze
+from support.exports import assert_stock_export
 from support.launching import launch
 from support.tiny import tiny_config, tiny_pair
 from support.tracing import micro_batch, use_dense_attention
@@ -87,18 +87,6 @@ def test_a_compiled_checkpoint_continues_uncompiled_and_the_export_has_stock_nam
     assert result["same_names"] and result["fast"] == pytest.approx(result["plain"], rel=1e-6)
     assert result["resumed"] == pytest.approx(result["fast"][3:], rel=1e-6)
     assert_stock_export(tmp_path / "model", tmp_path / "base", stock)
-
-
-def assert_stock_export(folder, base, stock) -> None:
-    """The export has the names and shapes of the folder it began as, other values, and stock transformers loads it."""
-    exported, before = (safe_open(f / "model.safetensors", "pt") for f in (folder, base))
-    assert list(exported.keys()) == list(before.keys())
-    assert all(exported.get_slice(k).get_shape() == before.get_slice(k).get_shape() for k in before.keys())  # noqa: SIM118
-    key = "language_model.model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(exported.get_tensor(key), before.get_tensor(key))
-    loaded, report = type(stock).from_pretrained(folder, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(loaded.model.language_model.layers[0].self_attn.q_proj.weight, exported.get_tensor(key))
 
 
 def test_the_plan_says_what_makes_the_run_faster():

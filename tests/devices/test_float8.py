@@ -9,7 +9,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_compile import assert_stock_export
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import apply_checkpointing, compile_layers
 from llava_next.training.recipe.config import RunConfig, check_run
 from llava_next.training.recipe.optim import Rates, freeze
+from support.exports import assert_stock_export
 from support.launching import launch
 from support.tiny import tiny_config, tiny_pair
 from support.tracing import find_torchao, micro_batch, use_dense_attention

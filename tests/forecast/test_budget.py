@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from test_flops import CLIP, LLAMA3, QWEN2, SIGLIP, STAGE_1, VICUNA, full_config
-from test_plan import PROFILE
 from transformers import LlavaNextConfig
 
 from llava_next.anyres import ORIGINAL_336, AnyRes
@@ -31,6 +29,7 @@ from llava_next.training.recipe.optim import Rates, freeze
 from llava_next.training.setup import load_parts, open_mixture
 from llava_next.training.watch.metrics import si
 from support.launching import ROOT, launch
+from support.published import CLIP, LLAMA3, PROFILE, QWEN2, SIGLIP, STAGE_1, VICUNA, full_config
 from support.tiny import geometry, pack_tiny, random_samples
 
 BF16, FP32 = Compute(2, fused=True), Compute(4, fused=False)

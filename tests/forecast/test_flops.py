@@ -6,13 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_plan import profile_samples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaNextConfig
 
 from llava_next.data.plan.dealing import CostModel
-from llava_next.model.folders.dry import LLMS, architecture
 from llava_next.model.forward import head
 from llava_next.model.forward.attention import attention_names
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
@@ -23,20 +20,8 @@ from llava_next.training.forecast.flops import cost_model, flops_model
 from llava_next.training.recipe.optim import Rates, freeze
 from llava_next.training.watch.journal import Journal
 from llava_next.training.watch.metrics import Progress
+from support.published import CLIP, LLAMA3, QWEN2, SIGLIP, STAGE_1, VICUNA, full_config, profile_samples
 from support.tiny import geometry, pack_tiny, pairing_config, random_samples
-
-CLIP, SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
-VICUNA, LLAMA3, QWEN2, MISTRAL = LLMS
-STAGE_1 = Rates(llm=None, projector=1e-3, vision=None, newline=1e-3)
-
-
-def full_config(llm: str, tower: str = CLIP) -> LlavaNextConfig:
-    """A published pairing at its true size."""
-    return LlavaNextConfig(
-        vision_config=architecture(tower).to_dict(),
-        text_config=architecture(llm).to_dict(),
-        vision_feature_select_strategy="default" if tower == CLIP else "full",
-    )
 
 
 @pytest.mark.parametrize(("llm", "published"), [(VICUNA, 102.4), (LLAMA3, 113.3), (QWEN2, 106.2)])

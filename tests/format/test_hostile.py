@@ -22,8 +22,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from test_index import rewrite_index, write_samples
-from test_shards import SMALL, TURNS, description, tar_bytes
 
 from llava_next.data.format.dataset import ShardInfo
 from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA, read_dataset
@@ -36,6 +34,7 @@ from llava_next.data.plan.mixture import Mixture
 from llava_next.model.folders.dry import corpus_texts, train_tokenizer
 from llava_next.templates import get_template
 from llava_next.training.watch.metrics import JsonLines
+from support.shards import SMALL, TURNS, description, rewrite_index, tar_bytes, write_samples
 
 FUZZ = Path(__file__).parents[1] / "support" / "workers" / "fuzz.py"
 FUZZ_SECONDS = os.environ.get("LLAVA_NEXT_FUZZ_SECONDS", "0")

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_index import accept_index, rewrite_index, with_column, write_samples
 
 from llava_next.data.format.dataset import DATASET_FILE, MAX_DATASET_BYTES, DatasetInfo
 from llava_next.data.format.index import INDEX_FILE, read_dataset
+from support.shards import accept_index, rewrite_index, with_column, write_samples
 
 ESCAPES = "\x1b[2J\n\x9b31m\u202e"  # clear the screen, new line, red, right to left
 

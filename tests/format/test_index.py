@@ -1,7 +1,6 @@
 """`dataset.json` and `index.parquet`: what they tell, and that a set that is not whole does not open."""
 
 import dataclasses
-import hashlib
 import json
 import tracemalloc
 
@@ -9,29 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from llava_next.anyres import HF_336, ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_geometry
 from llava_next.data.format.index import INDEX_FILE, SCHEMA, read_dataset
-from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.format.shards import RawSample
 from llava_next.data.format.writer import ShardWriter, write_dataset
-
-SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
-SIZES = [[], [(40, 30)], [(64, 64), (20, 90)], [(40, 30)], [], [(300, 20)], [(1, 1), (2, 2), (3, 1)]]
-
-
-def write_samples(folder, shard_samples: int = 3) -> DatasetInfo:
-    """A data set of seven samples with 0 to 3 pictures each, from two sources."""
-    with ShardWriter(folder, SMALL, shard_samples=shard_samples, build={"tool": "test"}) as writer:
-        for number, sizes in enumerate(SIZES):
-            images = [
-                StripInfo(*size, *SMALL.grid(*size), *encode_strip(SMALL.tiles(Image.new("RGB", size))))
-                for size in sizes
-            ]
-            turns = [{"from": "human", "value": "é" * number}, {"from": "gpt", "value": "abc"}]
-            writer.write(RawSample(f"k{number}", str(number), "text" if not sizes else "pictures", turns, images))
-    return writer.info
+from support.shards import SIZES, SMALL, rewrite_index, with_column, write_samples
 
 
 def test_columns_tell_what_was_written(tmp_path):
@@ -93,20 +76,6 @@ def test_hash_tells_data_sets_apart_and_is_the_same_for_copies(tmp_path):
     assert a == b != c and len(a) == 64
 
 
-def rewrite_index(folder, table: pa.Table) -> None:
-    """Replace the index and make `dataset.json` agree with the new file."""
-    pq.write_table(table, folder / INDEX_FILE)
-    accept_index(folder)
-
-
-def accept_index(folder) -> None:
-    """Make `dataset.json` agree with the index as it is."""
-    data = (folder / INDEX_FILE).read_bytes()
-    values = json.loads((folder / DATASET_FILE).read_text())
-    values |= {"index_bytes": len(data), "index_sha256": hashlib.sha256(data).hexdigest()}
-    (folder / DATASET_FILE).write_text(json.dumps(values))
-
-
 def test_a_folder_without_dataset_json_says_what_to_do(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"no dataset\.json: it is not a data set.*build_shards\.py"):
@@ -150,10 +119,6 @@ def test_index_of_another_build_is_refused(tmp_path):
     (tmp_path / "a" / INDEX_FILE).write_bytes((tmp_path / "b" / INDEX_FILE).read_bytes())
     with pytest.raises(ValueError, match="Copy both files of one build"):
         read_dataset(tmp_path / "a")
-
-
-def with_column(table: pa.Table, name: str, values) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, pa.array(values, SCHEMA.field(name).type))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Samples on disk: what is written, that anybody can open it, and that hostile or damaged bytes are errors only."""
 
 import io
-import json
 import pickle
 import struct
 import tarfile
@@ -27,9 +26,7 @@ from llava_next.data.format.shards import (
 )
 from llava_next.data.format.writer import ShardFile, ShardWriter
 from llava_next.data.storage.client import Storage
-
-SMALL = AnyRes(32, 8, [(32, 64), (64, 32), (64, 64)])
-TURNS = [{"from": "human", "value": "<image>\nWas ist das?"}, {"from": "gpt", "value": "Ein Käfer 🐞"}]
+from support.shards import SMALL, TURNS, description, tar_bytes
 
 
 def photo() -> np.ndarray:
@@ -60,24 +57,6 @@ def sample_bytes(sample: RawSample, tmp_path) -> bytes:
         shard.write(sample)
     row = shard.rows.to_pylist()[0]
     return (tmp_path / "one.tar").read_bytes()[row["offset"] : row["offset"] + row["nbytes"]]
-
-
-def tar_bytes(*members, format=tarfile.USTAR_FORMAT) -> bytes:
-    """The bytes of a tar's members, without end marker; a member is (name, content) or a TarInfo."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for member in members:
-            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member[0])
-            content = b"" if info is member else member[1]
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        size = tar.offset
-    return buffer.getvalue()[:size]
-
-
-def description(**changes) -> bytes:
-    values = {"id": "a", "source": "s", "conversations": TURNS, "images": []}
-    return json.dumps(values | changes).encode()
 
 
 # Codecs

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -78,3 +79,15 @@ def export_pairing(base: Path, folder: Path, dtype: torch.dtype) -> LlavaNextFor
     model = LlavaNextForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     save_model(model, folder, base, dtype=dtype, max_file_bytes=10**6)
     return model
+
+
+def assert_stock_export(folder, base, stock) -> None:
+    """The export has the names and shapes of the folder it began as, other values, and stock transformers loads it."""
+    exported, before = (safe_open(f / "model.safetensors", "pt") for f in (folder, base))
+    assert list(exported.keys()) == list(before.keys())
+    assert all(exported.get_slice(k).get_shape() == before.get_slice(k).get_shape() for k in before.keys())  # noqa: SIM118
+    key = "language_model.model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(exported.get_tensor(key), before.get_tensor(key))
+    loaded, report = type(stock).from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded.model.language_model.layers[0].self_attn.q_proj.weight, exported.get_tensor(key))
