@@ -1,4 +1,4 @@
-"""A LLaVA-NeXT (LLaVA-1.6) trainer on Accelerate and FSDP2. The README says where to start reading."""
+"""A LLaVA-NeXT (LLaVA-1.6) trainer on Accelerate and FSDP2. README.md beside this file is its tour."""
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -70,18 +70,19 @@ def first_turn(sample: dict) -> tuple[str, str]:
     return turn.question.replace(IMAGE_TOKEN, "").strip(), turn.answer.strip()
 
 
-def draw_sheet(results: list[dict], images: Path, columns: int = 8, cell: int = 120) -> Image.Image:
+def draw_sheet(results: list[dict], images: Path, columns: int = 8, cell: int = 116) -> Image.Image:
     """Pictures in a grid, each with the answer under it: green when exact, red with the right one when not."""
-    rows = math.ceil(len(results) / columns)
-    sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
-    draw = ImageDraw.Draw(sheet)
+    rows, text_height = math.ceil(len(results) / columns), 40
+    sheet = Image.new("RGB", (columns * cell, rows * (cell + text_height)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for number, result in enumerate(results):
-        x, y = number % columns * cell, number // columns * cell
-        picture = ImageOps.contain(Image.open(images / result["image"]).convert("RGB"), (cell - 12, cell - 36))
-        sheet.paste(picture, (x + 6, y + 6))
+        x, y = number % columns * cell, number // columns * (cell + text_height)
+        picture = ImageOps.contain(Image.open(images / result["image"]).convert("RGB"), (cell - 12, cell - 12))
+        sheet.paste(picture, (x + (cell - picture.width) // 2, y + cell - 6 - picture.height))
         exact = result["answer"] == result["right"]
-        text = result["answer"] if exact else f"{result['answer']} (right: {result['right']})"
-        draw.text((x + 6, y + cell - 24), text, fill="green" if exact else "red")
+        text = result["answer"] if exact else f"{result['answer']}\nnot {result['right']}"
+        place = (x + cell // 2, y + cell)
+        draw.multiline_text(place, text, "#007030" if exact else "#c00000", font, "ma", spacing=2, align="center")
     return sheet
 
 

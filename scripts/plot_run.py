@@ -1,4 +1,4 @@
-"""Draws loss, throughput and learning rates of one or several runs to one PNG, from their metrics.jsonl.
+"""Draws loss, throughput and learning rates of one or several runs to one picture, from their metrics.jsonl.
 
     python scripts/plot_run.py runs/vicuna-7b runs/vicuna-7b-again --out compare.png
 
@@ -243,15 +243,17 @@ def number(value: float, position=None) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders (run_dir of a training)")
-    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="PNG file")
+    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="PNG or WebP file")
     parser.add_argument("--smooth", type=int | None, help="steps to average over; default: a fiftieth of the run")
     args = parser.parse_args()
+    if args.out.suffix not in (".png", ".webp"):
+        parser.error(f"--out {args.out}: give a name that ends in .png or .webp")
     try:
         runs = [read_run(folder, name) for folder, name in zip(args.runs, labels(args.runs), strict=True)]
     except ValueError as error:
         sys.exit(f"error: {error}")
     aside = args.out.with_name(f".{args.out.name}.tmp")
-    draw(runs, args.smooth).savefig(aside, dpi=140, format="png")
+    draw(runs, args.smooth).savefig(aside, dpi=140, format=args.out.suffix[1:])
     os.replace(aside, args.out)  # a viewer that reloads never sees half a picture
     for run in runs:
         loss = smooth(run.values["loss"], max(1, len(run.steps) // 50))[-1] if "loss" in run.values else np.nan

@@ -128,15 +128,15 @@ def show_picture(tiles: np.ndarray, width: int, height: int, anyres: AnyRes) -> 
     if rows * cols:
         canvas = rearrange(tiles[1:], "(r c) y x rgb -> (r y) (c x) rgb", r=rows, c=cols)
         shown["canvas"] = _data_uri(canvas, rows, cols)
-        top, bottom = _kept_pixels(rows, kept_rows, anyres)
-        left, right = _kept_pixels(cols, kept_cols, anyres)
+        top, bottom = kept_pixels(rows, kept_rows, anyres)
+        left, right = kept_pixels(cols, kept_cols, anyres)
         size = anyres.tile_size
         shown["kept"] = [left / (cols * size), top / (rows * size), right / (cols * size), bottom / (rows * size)]
         shown["kept_patches"] = [kept_rows, kept_cols]
     return shown
 
 
-def _kept_pixels(tiles: int, kept: int, anyres: AnyRes) -> tuple[int, int]:
+def kept_pixels(tiles: int, kept: int, anyres: AnyRes) -> tuple[int, int]:
     """First and last pixel + 1, along one side of `tiles` tiles, of the `kept` patches in its middle."""
     first = (tiles * anyres.patches_per_side - kept) // 2
 

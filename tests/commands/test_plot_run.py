@@ -147,3 +147,10 @@ def test_command_writes_a_picture_and_names_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path / "nothing"), "--out", str(out)])
     with pytest.raises(SystemExit, match=r"nothing has no metrics.jsonl"):
         plot_run.main()
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(run), "--out", str(tmp_path / "plot.webp")])
+    plot_run.main()
+    assert Image.open(tmp_path / "plot.webp").format == "WEBP"
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(run), "--out", str(tmp_path / "plot.txt")])
+    with pytest.raises(SystemExit):
+        plot_run.main()
+    assert "ends in .png or .webp" in capsys.readouterr().err
