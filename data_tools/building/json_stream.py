@@ -99,6 +99,7 @@ def _wrapped(window: "_Window") -> Iterator[tuple[int, int, object]]:
     while not window.take(_OBJECT_END):
         if names and not window.take(_COMMA):
             raise BrokenFile("expected , or }", window.position)
+        window.take(_SPACE)
         name = window.decode()
         if not isinstance(name, str) or not window.take(_COLON):
             raise BrokenFile("expected a key and a colon", window.position)
@@ -125,7 +126,7 @@ class _Window:
 
     def __init__(self, file, digest):
         self._file, self._digest, self._text, self._place, self._before, self._ended = file, digest, "", 0, 0, False
-        self._decoder = json.JSONDecoder()
+        self._decoder, self._is_ascii = json.JSONDecoder(), True
         self._fill()
 
     @property
@@ -138,6 +139,7 @@ class _Window:
         data = self._file.read(max(least, READ_BYTES))
         if self._digest is not None:
             self._digest.update(data)
+        self._is_ascii = self._is_ascii and data.isascii()
         self._before += self._place
         self._text, self._place = self._text[self._place :] + data.decode("latin-1"), 0
         self._ended = not data
@@ -182,7 +184,7 @@ class _Window:
         start = self.position
         value = self.decode()
         length = self.position - start
-        if isinstance(value, dict) and not source_name(value).isascii():
+        if not self._is_ascii and isinstance(value, dict) and not source_name(value).isascii():
             value = json.loads(self._text[self._place - length : self._place].encode("latin-1"))
         return start, length, value
 

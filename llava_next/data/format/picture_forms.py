@@ -47,16 +47,19 @@ def pictures_of(record: dict) -> list[str | bytes | Picture]:
         BadSample: a value that is no picture, or keys that name different ones.
     """
     for group in PICTURE_KEYS:
-        lists = {key: values for key in group if (values := listed(record.get(key)))}
-        if any(values != next(iter(lists.values())) for values in lists.values()):
-            raise BadSample(f"{' and '.join(lists)} name different pictures: leave one of them out")
+        lists = {key: values for key in group if key in record and (values := listed(record[key]))}
         if lists:
-            return next(iter(lists.values()))
+            first, *others = lists.values()
+            if any(values != first for values in others):
+                raise BadSample(f"{' and '.join(lists)} name different pictures: leave one of them out")
+            return first
     return []
 
 
 def listed(value) -> list[str | bytes | Picture]:
     """The pictures that one value holds: none, one or a list. Raises BadSample."""
+    if isinstance(value, str):
+        return [value] if value else []
     values = [_unwrapped(entry) for entry in (value if isinstance(value, list) else [value]) if entry not in (None, "")]
     return [entry for entry in values if entry is not None]
 

@@ -6,6 +6,7 @@ Pictures: see `picture_forms`; also in the parts of a message. What each form be
 One way for all: builds, shards of others, evaluation, plans of raw data.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -110,10 +111,12 @@ def source_name(record: dict, root: Path | None = None) -> str:
         first = None
     if first is None:
         return "text"
-    try:
-        inside = below(local_path(first), root or "/dev/null") if is_path(first) else None
-    except PathError:
-        inside = None
+    inside = first if is_path(first) else None
+    if inside and (inside[0] in "/~." or ":" in inside):
+        try:
+            inside = below(local_path(inside), root or os.devnull)
+        except PathError:
+            inside = None
     return inside.split("/")[0] if inside and "/" in inside else "image"
 
 
