@@ -226,7 +226,10 @@ def _count_lines(path: Path, end: int) -> int:
 
 
 def _kind(value) -> str:
-    return {list: "a list", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+    """What JSON calls a value that is no object."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return {list: "a list", str: "a string"}.get(type(value), "a number")
 
 
 def check_expected(path: Path, listing: Listing) -> None:

@@ -6,13 +6,15 @@ import json
 import re
 import tarfile
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image
 
 from building.cutting import Cutter
 from building.embedded import list_hub
-from llava_next.data.format.records import read_record, source_name
+from llava_next.data.format.picture_forms import picture_names
+from llava_next.data.format.records import SYSTEM_KEYS, TEXT_KEYS, read_record, source_name
 from llava_next.data.format.shards import RawSample, decode_strip
 from llava_next.data.format.tar import BadSample
 from support.builds import GEOMETRY, SMALL, call, samples, tool_result
@@ -223,3 +225,33 @@ def test_a_record_is_not_changed_by_being_read():
         with contextlib.suppress(BadSample):
             read_record(record)
         assert json.dumps(record) == before, name
+
+
+NAMES = [*TEXT_KEYS, *SYSTEM_KEYS, "image", "images", "image_path", "id", "source", "from", "value", "role", "content"]
+NAMES += ["type", "text", "path", "bytes", "url", "image_url", "index"]
+LEAVES = [None, True, 0, 1, 1.5, float("nan"), "", "human", "gpt", "user", "assistant", "system", "text", "image", b"x"]
+LEAVES += ["a.png", "<image>", "data:,", "\ud800", "[1]", "~"]
+
+
+def anything(random: Random, depth: int):
+    """A value of any kind, made of what records are made of."""
+    kind = random.choice(("leaf", "list", "object")) if depth else "leaf"
+    if kind == "list":
+        return [anything(random, depth - 1) for _ in range(random.randrange(4))]
+    if kind == "object":
+        return {random.choice(NAMES): anything(random, depth - 1) for _ in range(random.randrange(1, 5))}
+    return random.choice(LEAVES)
+
+
+def test_whatever_a_record_holds_it_is_a_sample_or_a_bad_one():
+    """No other error, which would end a build; and what a report says of it is JSON."""
+    random, used = Random(0), 0
+    for number in range(4000):
+        record = {random.choice(NAMES): anything(random, 4) for _ in range(random.randrange(6))}
+        source_name(record, Path("/r"))
+        json.dumps(picture_names(record), default=str)
+        system = ("keep", "drop", "prepend")[number % 3]
+        with contextlib.suppress(BadSample):
+            Cutter(Path("/r"), SMALL, system=system, template="mistral").make_sample(0, record)
+            used += 1
+    assert used < 4000

@@ -79,7 +79,9 @@ def test_every_sample_is_asked_or_left_out_with_its_reason(asked, demo):
     assert result.returncode == 0, result.stderr
     assert "exact match: 0/6 = 0.0 %, 4 samples left out" in result.stdout
     assert "left out: 1 x a question has <image>, and the record has no picture. Its keys: id, foto" in result.stdout
-    assert "left out: 1 x no such image file:" in result.stdout and "left out: 1 x no object but a int" in result.stdout
+    assert (
+        "left out: 1 x no such image file:" in result.stdout and "left out: 1 x no object but a number" in result.stdout
+    )
     report = json.loads((demo / "answers.json").read_text())
     assert (report["of"], report["left_out"]) == (6, 4)
     assert [entry["image"] for entry in report["results"]] == [

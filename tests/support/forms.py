@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ FORMS = {
     "columns_as_turns": Form(
         {"conversations": {"from": ["human", "gpt"], "value": ["Hi", "This."]}}, turns("Hi")
     ),
+    "text_of_turns": Form({"conversations": json.dumps(ONE), "image": "red.png"}, ONE, "r"),
     "messages": Form({"messages": chat("<image>\nWhat?"), "images": ["red.png"]}, SAID, "r"),
     "messages_unplaced": Form({"messages": chat("What?"), "images": ["red.png"]}, SAID, "r"),
     "messages_beside_empty": Form(

@@ -6,6 +6,8 @@ Pictures: see `picture_forms`; also in the parts of a message. What each form be
 One way for all: builds, shards of others, evaluation, plans of raw data.
 """
 
+import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,7 +129,7 @@ def holds_pictures(record: dict) -> bool:
 
 def _turns(record: dict) -> tuple[list, bool]:
     """The messages as the record has them, and whether its form has no way to place a picture. Raises BadSample."""
-    given = {key: _rows(record[key]) for key in TURN_KEYS if record.get(key) is not None}
+    given = {key: _rows(_parsed(record[key])) for key in TURN_KEYS if record.get(key) is not None}
     given = {key: turns for key, turns in given.items() if turns != []} or given
     turns = next(iter(given.values()), None)
     if any(other != turns for other in given.values()):
@@ -147,6 +149,14 @@ def _turns(record: dict) -> tuple[list, bool]:
         "conversations is missing or not a list of turns, and there are no messages, prompt with completion, or "
         f"caption instead. The record's keys: {key_names(record)}"
     )
+
+
+def _parsed(value):
+    """Turns that a table holds as JSON in a string."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _rows(value):
