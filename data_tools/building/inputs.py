@@ -242,16 +242,22 @@ def check_expected(path: Path, listing: Listing) -> None:
     Raises:
         ValueError: naming every difference.
     """
-    expected, found = json.loads(path.read_bytes()), Counter(listing.source_counts())
+    try:
+        expected, found = json.loads(path.read_bytes()), Counter(listing.source_counts())
+        sources, is_complete = expected["sources"], expected["complete"]
+    except OSError as error:
+        raise ValueError(f"--expect {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--expect {path}: no file of expected counts ({type(error).__name__}: {error})") from None
     wrong = []
     if expected.get("total") is not None and expected["total"] != len(listing):
         wrong.append(f"{len(listing)} samples, expected {expected['total']}")
     if abs(len(listing) - (expected.get("about") or len(listing))) > 0.01 * len(listing):
         wrong.append(f"{len(listing)} samples, expected about {expected['about']}")
-    for name, count in expected["sources"].items():
+    for name, count in sources.items():
         if not found[name] or count not in (None, found[name]):
             wrong.append(f"source {name}: {found[name]}, expected {'some' if count is None else count}")
-    others = sorted(set(found) - set(expected["sources"])) if expected["complete"] else []
+    others = sorted(set(found) - set(sources)) if is_complete else []
     wrong += [f"source {name}: {found[name]}, expected none" for name in others[:10]]
     if wrong:
         raise ValueError(f"--expect {path}: the input is not what the file says: {'; '.join(wrong)}")

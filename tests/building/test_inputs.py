@@ -202,6 +202,10 @@ def test_expected_counts_are_checked_and_every_difference_is_named(tmp_path):
     assert "source text: 1, expected none; source vg: 1, expected none" in str(error.value)
     with pytest.raises(ValueError, match="4 samples, expected about 5"):
         inputs.check_expected(expectation(tmp_path, about=5), listing)
+    for text, message in (("[]", "no file of expected counts"), ("{", "no file of expected counts")):
+        (tmp_path / "expect.json").write_text(text)
+        with pytest.raises(ValueError, match=f"--expect {tmp_path}/expect.json: {message}"):
+            inputs.check_expected(tmp_path / "expect.json", listing)
 
 
 def test_the_shipped_expectations_add_up():
