@@ -107,7 +107,7 @@ class JsonReader:
         except (ValueError, RecursionError) as error:
             raise BadSample(f"bytes {start} to {start + length} of {self.files[file]} do not parse: {error}") from None
         if not isinstance(record, dict):
-            raise BadSample(f"no object but {_kind(record)}, at byte {start} of {self.files[file]}: {data[:80]!r}")
+            raise BadSample(f"no object but {_kind(record)}: {data[:80]!r} at byte {start} of {self.files[file]}")
         return record
 
 
@@ -211,7 +211,7 @@ def _scan(path: Path, number: int, lister: Lister, digest, root: Path | None) ->
             "samples: the file is cut off or damaged, or neither a JSON list nor one JSON object a line"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--json {path}: neither a JSON list nor one JSON object a line ({error})") from None
+        raise ValueError(f"--json {path}: {error}") from None
     if not objects:
         found = f"{len(lister) - first} values that are no objects" if len(lister) > first else "none"
         raise ValueError(f"--json {path}: expected samples {{id, image, conversations}}, found {found}")

@@ -78,7 +78,7 @@ def test_every_sample_is_asked_or_left_out_with_its_reason(asked, demo):
     result, _ = asked
     assert result.returncode == 0, result.stderr
     assert "exact match: 0/6 = 0.0 %, 4 samples left out" in result.stdout
-    assert "left out: 1 x a question has <image>, and the record has no picture. Its keys: id, foto" in result.stdout
+    assert "left out: 1 x a question has <image>, and the record has no picture: its keys are id, foto" in result.stdout
     assert (
         "left out: 1 x no such image file:" in result.stdout and "left out: 1 x no object but a number" in result.stdout
     )

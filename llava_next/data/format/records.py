@@ -60,7 +60,7 @@ def read_record(record: dict, *, allow_text_image_token: bool = False) -> Record
         stored = _in_front(stored, len(pictures))
     if not pictures and not allow_text_image_token and has_text_image_token(stored):
         raise BadSample(
-            f"a question has {IMAGE_TOKEN}, and the record has no picture. Its keys: {key_names(record)}. Put the "
+            f"a question has {IMAGE_TOKEN}, and the record has no picture: its keys are {key_names(record)}. Put the "
             "picture under 'image' or 'images'; if the characters are meant, give --allow_text_image_token"
         )
     name = record.get("id")
