@@ -125,7 +125,7 @@ FORMS = {
     "file_url": Form({"image": "file:///ROOT/sub%20folder/red.png", "conversations": ONE}, ONE, "r"),
     "dotted": Form({"image": "./sub folder/../red.png", "conversations": ONE}, ONE, "r"),
     # refused
-    "no_picture": Form({"foto": "red.png", "conversations": ONE}, refused="<image>.*no picture: its keys are id, foto, conv"),
+    "no_picture": Form({"foto": "red.png", "conversations": ONE}, refused="no picture: its keys are id, foto, conv"),
     "url": Form({"image": "https://a.b/c.png", "conversations": ONE}, refused="URLs are not fetched: https://a.b/c.png"),
     "url_in_part": Form(
         {"messages": chat([part("image_url", image_url={"url": "https://a.b/c.png"}), ASK])}, refused="not fetched"
