@@ -58,12 +58,13 @@ def below(path: str | os.PathLike, root: str | os.PathLike) -> str | None:
     text = os.path.normpath(path)
     if not os.path.isabs(text):
         return None if text.split(os.sep)[0] == os.pardir else text
-    for base in _spellings(os.fspath(root)):
+    given = os.path.abspath(root)
+    for base in (given, _resolved(given)):
         if text == base or text.startswith(base.rstrip(os.sep) + os.sep):
             return os.path.relpath(text, base)
     return None
 
 
 @lru_cache
-def _spellings(root: str) -> tuple[str, ...]:
-    return os.path.abspath(root), os.path.realpath(root)
+def _resolved(root: str) -> str:
+    return os.path.realpath(root)  # a look at the disk for each folder of the path

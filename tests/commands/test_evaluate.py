@@ -121,9 +121,12 @@ def test_no_question_is_an_error_and_no_score(demo, monkeypatch, records, messag
     assert result.returncode == 1 and message in result.stderr and "exact match" not in result.stdout
 
 
-def test_a_limit_counts_the_questions_that_are_asked(demo):
+def test_a_limit_counts_what_is_asked_and_a_template_may_refuse(demo):
     processor = evaluate.AutoProcessor.from_pretrained(demo / "model")
     (demo / "limited.jsonl").write_text("\n".join(map(json.dumps, SAMPLES[::-1])))
     listing = list_json(demo / "limited.jsonl", 0)
     questions, reasons = evaluate.read_questions(listing, demo, processor, 2)
     assert (len(questions), len(reasons)) == (2, 3)
+    processor.chat_template = get_template("mistral").jinja
+    questions, reasons = evaluate.read_questions(listing, demo, processor, 0)
+    assert len(questions) == 5 and "The mistral format has no system prompt." in reasons
