@@ -5,6 +5,7 @@ positions are those of bytes. Texts that are not ASCII are garbled in the values
 sample's source.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -79,17 +80,23 @@ def _is_wrapper(path: Path) -> bool:
     with open(path, "rb") as file:
         window = _Window(file, None)
         window.skip_mark()
-        if not window.starts_with(_OBJECT_START):
+        if not window.take(_OBJECT_START):
             return False
+        file.seek(window.position - 1)
+        window = _Window(file, None)
         try:
-            window.take(_SPACE)
             value = window.decode()
             window.take(_SPACE)
             return not _RECORD_KEYS & set(value) and window.at_end()
         except TooLong:
             return True
-        except BrokenFile:
-            return False  # the pass over the samples says where
+        except BrokenFile:  # the pass over the samples says where
+            file.seek(0)
+            window = _Window(file, None)
+            window.skip_mark()
+            with contextlib.suppress(ValueError):
+                return next(_wrapped(window), None) is not None
+            return False
 
 
 def _wrapped(window: "_Window") -> Iterator[tuple[int, int, object]]:
@@ -151,13 +158,6 @@ class _Window:
             self._place = 3
         elif self._text.startswith(("\xff\xfe", "\xfe\xff")):
             raise ValueError("it is UTF-16: save it as UTF-8")
-
-    def starts_with(self, pattern: re.Pattern) -> bool:
-        """Whether `pattern` comes next; nothing is taken."""
-        start = self.position
-        found = self.take(pattern)
-        self._place = start - self._before
-        return found
 
     def take(self, pattern: re.Pattern) -> bool:
         """Goes past `pattern` if it comes next."""

@@ -11,12 +11,13 @@ from random import Random
 import pytest
 from PIL import Image
 
-from building.cutting import Cutter
+from building.cutting import Cutter, model_template
 from building.embedded import list_hub
 from llava_next.data.format.picture_forms import picture_names
 from llava_next.data.format.records import SYSTEM_KEYS, TEXT_KEYS, read_record, source_name
 from llava_next.data.format.shards import RawSample, decode_strip
 from llava_next.data.format.tar import BadSample
+from llava_next.templates import get_template
 from support.builds import GEOMETRY, SMALL, call, samples, tool_result
 from support.forms import ASK, BLUE, FORMS, ONE, RED, SYSTEM, WHICH, chat, make_root, part, record_of, turns
 
@@ -255,3 +256,12 @@ def test_whatever_a_record_holds_it_is_a_sample_or_a_bad_one():
             Cutter(Path("/r"), SMALL, system=system, template="mistral").make_sample(0, record)
             used += 1
     assert used < 4000
+
+
+def test_a_model_folder_tells_the_template(tmp_path):
+    assert model_template(tmp_path) is None
+    for name in ("mistral", "qwen"):
+        (tmp_path / "chat_template.jinja").write_text(get_template(name).jinja, encoding="utf-8")
+        assert model_template(tmp_path) == name
+    (tmp_path / "chat_template.jinja").write_text("another", encoding="utf-8")
+    assert model_template(tmp_path) is None

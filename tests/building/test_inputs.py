@@ -94,7 +94,8 @@ def test_byte_order_mark_and_whitespace_do_not_matter(tmp_path):
             "one object with the keys version, items: it is no sample, and it holds no list",
         ),
         ('{"train": [{"id": 1}], "test": [{"id": 2}]}', "holds 2 lists, under train, test. Give a list of samples"),
-        ('{"data": [{"id": 1}, ', r"Expecting value at byte 21 \(line 1\), after 0 whole samples"),
+        ('{"data": [{"id": 1}, ', r"Expecting value at byte 21 \(line 1\), after 1 whole samples"),
+        ('{"id": 1, "conversations": [{"from": "hu', r"Unterminated string starting at at byte 37 .*, after 0 whole"),
         ("\ufeff[]".encode("utf-16").decode("latin-1"), "it is UTF-16: save it as UTF-8"),
     ],
 )
