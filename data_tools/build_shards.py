@@ -2,9 +2,10 @@
 
     python data_tools/build_shards.py --json train.json --images ROOT --out DIR_OR_URL --tower clip-336
 
-The input is a LLaVA JSON list or JSONL file, a YAML mixture of those (--json), a Hugging Face data set (--hf) or
-webdataset shards with raw images (--shards). Written are `shard-000000.tar`, ..., `index.parquet`, `rejected.jsonl`
-(samples left out: id, file, reason) and last `dataset.json`. A folder without `dataset.json` is not a data set.
+The input is a JSON list or JSONL file, a YAML mixture of those (--json), a Hugging Face data set (--hf) or webdataset
+shards with raw images (--shards); records are in LLaVA's or any other usual form. Written are `shard-000000.tar`, ...,
+`index.parquet`, `rejected.jsonl` (samples left out: id, file, reason) and last `dataset.json`. A folder without
+`dataset.json` is not a data set.
 
 The same input and arguments give the same bytes, whatever the number of workers or machines, and however often the
 build was stopped: run again, it continues. data_tools/README.md describes options, format and the published data sets.
@@ -15,22 +16,34 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 
-from building.cutting import Cutter, add_geometry_arguments, geometry
-from building.inputs import Listing, check_expected, list_json
-from building.jobs import Job, Output, Plan, build_missing, check_share, finish
+from building.cutting import SYSTEM_CHOICES, Cutter, add_geometry_arguments, geometry, model_template
+from building.inputs import add_input_arguments, check_expected, list_input
+from building.jobs import Job, Output, Plan, build_missing, check_share, common_reasons, finish
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.shards import CODECS
+from llava_next.paths import local_path
+from llava_next.templates import TEMPLATES
+
+TOLD = {
+    "first_turns_left_out": "begin with a turn that is not human: training leaves it out, as the original does",
+    "system_prompts": "have a system prompt of their own",
+}
 
 
-def read_input(options: argparse.Namespace) -> Listing:
-    """Lists the samples of the input that the command line names. Raises ValueError."""
-    if options.json is not None:
-        return list_json(options.json, options.seed)
-    from building.embedded import list_hub, list_shards
-
-    return list_hub(options.hf, options.split) if options.hf is not None else list_shards(options.shards)
+def make_cutter(options: argparse.Namespace) -> Cutter:
+    """What makes samples of records, as the command line says. Raises ValueError."""
+    template = options.template or (model_template(options.model) if options.model is not None else None)
+    return Cutter(
+        options.images,
+        geometry(options),
+        options.codec,
+        options.quality,
+        options.source,
+        options.system,
+        template,
+        options.allow_text_image_token,
+    )
 
 
 def fingerprints(tokenizers: tuple[str, ...]) -> tuple[str, ...]:
@@ -46,10 +59,8 @@ def build(options: argparse.Namespace) -> None:
     """The whole build, or one part of it. Raises ValueError for what the user can mend."""
     started = time.monotonic()
     output = Output(options.out)
-    cutter = Cutter(options.images, geometry(options), options.codec, options.quality, options.source)
-    if options.images is not None and not options.images.is_dir():
-        raise ValueError(f"--images {options.images} is not a folder")
-    listing = read_input(options)
+    cutter = make_cutter(options)
+    listing = list_input(options, options.seed)
     if options.source is not None:
         listing = listing.from_one_source(options.source)
     if options.expect is not None:
@@ -64,6 +75,9 @@ def build(options: argparse.Namespace) -> None:
         options.seed,
         options.source,
         fingerprints(options.tokenizers),
+        options.system,
+        cutter.template,
+        options.allow_text_image_token,
     )
     if output.is_complete(plan):
         print(f"{options.out} is complete already and was built from this input with these arguments; nothing to do")
@@ -105,19 +119,22 @@ def summarise(info: DatasetInfo, out: str, rejected: list[dict], seconds: float)
         f"({info.images / seconds:.1f} images/s)"
     )
     print("sources: " + ", ".join(f"{name} {count}" for name, count in info.sources.items()))
+    for name, told in TOLD.items():
+        if info.build[name]:
+            print(f"{info.build[name]} samples {told}")
     if rejected:
-        print(f"{len(rejected)} samples rejected, see {out}/rejected.jsonl; for example: {rejected[0]['reason']}")
+        print(f"{len(rejected)} samples rejected, see {out}/rejected.jsonl; most often:")
+        print("\n".join(f"  {line}" for line in common_reasons(rejected)))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--json", type=Path, help="LLaVA JSON list or JSONL: {id, image?, conversations}; .yaml: a mixture of those")
-    add("--hf", help="instead of --json: data set id on the Hugging Face hub, or folder of parquet files")
-    add("--split", default="train", help="of --hf (default: %(default)s)")
-    add("--shards", help="instead of --json: folder or URL of webdataset shards with raw images")
-    add("--images", type=Path, help="folder that image paths are relative to")
+    add_input_arguments(parser)
+    add("--system", choices=SYSTEM_CHOICES, default="keep", help="a sample's own system prompt (default: %(default)s)")
+    add("--template", choices=TEMPLATES, help="chat template of the training (default: that of --model, else any)")
+    add("--allow_text_image_token", action="store_true", help="without a picture, <image> in a question is characters")
     add("--out", required=True, help="folder or URL (s3://, gs://, az://) to write")
     add_geometry_arguments(parser)
     add("--codec", choices=CODECS, default="auto", help="of the strips (default: the smaller of jpeg and webp)")
@@ -127,7 +144,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes; 0: none (default: the number of CPUs)")
     add("--max_rejected_share", type=float, default=0.05, help="of the samples (default: %(default)s)")
     add("--source", help="name for the source of all samples (default: what each names, else its first image folder)")
-    add("--expect", type=Path, help="JSON file of expected counts, checked before the build (data_tools/expect/)")
+    add("--expect", type=local_path, help="JSON file of expected counts, checked before the build (data_tools/expect/)")
     add(
         "--tokenizer", action="append", default=[], help="NAME_OR_FOLDER:template: store exact text lengths; repeatable"
     )
@@ -140,8 +157,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     inputs = [name for name in ("json", "hf", "shards") if getattr(options, name) is not None]
     if len(inputs) != (0 if options.merge else 1):
         parser.error("give no input with --merge" if options.merge else "give one of --json, --hf and --shards")
-    if inputs == ["json"] and options.images is None:
-        parser.error("--json needs --images, the folder that image paths are relative to")
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", options.part)
     if match is None or int(match[1]) > int(match[2]):
         parser.error(f"--part {options.part}: expected i/n with i from 1 to n")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from building.cutting import add_geometry_arguments, check_text, geometry
+from building.cutting import add_geometry_arguments, check_images, check_text, geometry
 from building.jobs import REPORT_FILE
 from building.progress import Progress, worker_pool
 from building.shard_walk import Found, Stream, samples_in, shard_files
@@ -45,6 +45,7 @@ class Indexing:
     anyres: AnyRes
     source: str | None
     tokenizers: tuple[str, ...]
+    allow_text_image_token: bool
 
 
 class Indexed(NamedTuple):
@@ -93,6 +94,8 @@ def _read(job: Indexing, found: Found, lengths: Iterable) -> tuple[RawSample, di
     if not sample.key.isprintable():
         raise BadSample(f"key {sample.key!r} holds control characters")
     check_text(sample.conversations, len(sample.images))
+    if not job.allow_text_image_token:
+        check_images(sample.conversations, len(sample.images))
     grids = []
     for number, image in enumerate(sample.images):
         grid, size = job.anyres.grid(image.width, image.height), job.anyres.tile_size
@@ -127,7 +130,7 @@ def index(options: argparse.Namespace, storage: Storage) -> None:
     shards = shard_files(storage)
     for name, _ in shards:
         check_shard_name(name)  # no run would read it
-    job = Indexing(storage, anyres, options.source, options.tokenizers)
+    job = Indexing(storage, anyres, options.source, options.tokenizers, options.allow_text_image_token)
     _text_lengths(options.tokenizers)  # errors come before the work
     parts, problems, seen, kinds = [], [], 0, set()
     with worker_pool(options.workers) as pool, Progress(len(shards), unit="shards") as progress:
@@ -142,7 +145,8 @@ def index(options: argparse.Namespace, storage: Storage) -> None:
     check_problems(problems, seen, options.max_rejected_share, storage)
     if {True, False} <= kinds:
         raise ValueError(f"{storage.label}: some shards hold raw images, others strips of tiles; keep them apart")
-    build = {"tool": "index_shards", "rejected": len(problems)}
+    allowed = {"allow_text_image_token": options.allow_text_image_token}
+    build = {"tool": "index_shards", "rejected": len(problems), **allowed}
     info = write_dataset(storage, anyres, "raw" if True in kinds else "auto", parts, build)
     print(f"{storage.label}: {info.samples} samples, {info.images} images in {len(info.shards)} shards")
     print("sources: " + ", ".join(f"{name} {count}" for name, count in info.sources.items()))
@@ -176,6 +180,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_geometry_arguments(parser)
     add("--tokenizer", action="append", default=[], help="NAME_OR_FOLDER:template, for exact text lengths; repeatable")
     add("--source", help="name for the source of all samples (default: what each names)")
+    add("--allow_text_image_token", action="store_true", help="without a picture, <image> in a question is characters")
     add("--max_rejected_share", type=float, default=0.05, help="of the samples (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="processes; 0: none (default: the number of CPUs)")
     options = parser.parse_args(arguments)

@@ -22,6 +22,7 @@ from doctor.examining import examine, summarise
 from doctor.step_listing import follow_run, list_step
 from llava_next.data.format.tar import one_line
 from llava_next.data.storage.client import Storage, written_aside
+from llava_next.paths import local_path
 from llava_next.training.recipe.config import RunConfig, parse_run
 from llava_next.training.setup import Parts, load_parts, open_mixture
 
@@ -90,7 +91,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     known = [
-        add("--html", type=Path, metavar="FILE", help="write the report as a page"),
+        add("--html", type=local_path, metavar="FILE", help="write the report as a page"),
         add("--verify", action="store_true", help="read everything"),
         add("--config", metavar="RECIPE.yaml", help="the run to inspect for: a recipe, or config.yaml of a run folder"),
         add("--model", metavar="DIR", help="LLaVA-NeXT model folder, where the recipe names none"),

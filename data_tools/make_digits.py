@@ -34,6 +34,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava_next.paths import local_path
+
 FORMAT_VERSION = 1
 MANIFEST = "digits.json"
 SPLITS = ("train", "held_out")
@@ -324,7 +326,7 @@ def show_progress(folders: Iterable[list], total: int) -> Iterator[list]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=local_path, required=True, help="folder to write")
     parser.add_argument("--train", type=int, default=24000, help="training samples (default: %(default)s)")
     parser.add_argument("--held_out", type=int, default=500, help="held-out samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other pictures (default: %(default)s)")

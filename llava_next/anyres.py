@@ -227,7 +227,9 @@ def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:
     """Bicubic resize whose bytes do not depend on the Pillow version.
 
     Resizing is two passes with 8-bit pixels between them, so their order shows: Pillow up to 12 runs the horizontal
-    pass first, Pillow 13 the vertical one for many tall pictures (up to 5 grey levels apart). Two calls fix the order.
+    pass first, Pillow 13 the vertical one for many tall pictures. Measured between 13.0 and two calls, each kind 400
+    resizes to 336 to 1344 px: up to 25 grey levels apart on noise, 31 on black and white noise, 2 on a smooth picture.
+    (12.3: none.) Two calls fix the order.
     """
     horizontal = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return horizontal.resize((width, height), Image.Resampling.BICUBIC)

@@ -14,9 +14,12 @@ from threading import Thread
 
 import torch
 from jsonargparse import ArgumentParser
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 from transformers.utils import logging
+
+from llava_next.data.format.pictures import open_rgb
+from llava_next.paths import folder_or_name, local_path
 
 
 @dataclass
@@ -98,15 +101,18 @@ def load(folder: str) -> tuple[torch.nn.Module, object]:
 
 
 def open_picture(path: str) -> Image.Image:
-    """An RGB picture, turned as its EXIF data says.
+    """An RGB picture with the pixels that training sees: an EXIF orientation is not applied, as it is not there.
 
     Raises:
         ValueError: no such file, or not a picture.
     """
+    file = local_path(path)
+    if not file.is_file():
+        raise ValueError(f"{path}: {'a folder, not a file' if file.is_dir() else 'No such file or directory'}")
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or 'not a picture that can be read'}") from error
+        return open_rgb(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write(piece: str) -> None:
@@ -144,7 +150,7 @@ def converse(chat: Chat, first: list[Image.Image]) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="model folder or hub repository")
+    parser.add_argument("--model", type=folder_or_name, required=True, help="model folder or hub repository")
     parser.add_argument("--image", nargs="+", default=[], help="pictures shown with the first question")
     parser.add_argument("--prompt", help="one question; without it, questions are read from the terminal")
     parser.add_argument("--system", help="system message instead of the template's; '' leaves it out")

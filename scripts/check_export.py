@@ -7,16 +7,16 @@ Prints a line for each check; ends with exit code 1 when one failed. Loads no we
 
 import argparse
 import sys
-from pathlib import Path
 
 from transformers.utils import logging
 
 from llava_next.model.folders.check import check_folder
+from llava_next.paths import local_path
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="model folder")
+    parser.add_argument("folder", type=local_path, help="model folder")
     args = parser.parse_args(arguments)
     if not args.folder.is_dir():
         sys.exit(f"error: {args.folder} is no folder")

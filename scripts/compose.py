@@ -9,27 +9,35 @@ or shrunk (`--scale`), for tests and throughput runs; their tokenizer is a small
 text.
 """
 
-import json
+import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from llava_next.data.format.records import read_record
 from llava_next.model.folders import dry
 from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
+from llava_next.paths import folder_or_name, local_path
+
+sys.path.append(str(Path(__file__).parents[1] / "data_tools"))
+from building.inputs import list_json
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vision", help="CLIP or SigLIP checkpoint: folder or hub repository")
-    parser.add_argument("--llm", help="Llama, Qwen2 or Mistral checkpoint: folder or hub repository")
-    parser.add_argument("--tokenizer", help="folder or hub repository of the tokenizer; default: the language model's")
+    parser.add_argument("--vision", type=folder_or_name, help="CLIP or SigLIP checkpoint: folder or hub repository")
+    parser.add_argument(
+        "--llm", type=folder_or_name, help="Llama, Qwen2 or Mistral checkpoint: folder or hub repository"
+    )
+    about = "folder or hub repository of the tokenizer; default: the language model's"
+    parser.add_argument("--tokenizer", type=folder_or_name, help=about)
     parser.add_argument("--random_init", action="store_true", help="random weights; nothing is downloaded")
     parser.add_argument("--scale", default="full", choices=list(dry.SCALES), help="size of a --random_init model")
-    parser.add_argument("--demo", help="LLaVA JSON file: build the tiny demo model for it")
+    parser.add_argument("--demo", type=local_path, help="JSON file of records: build the tiny demo model for it")
     parser.add_argument("--template", default="vicuna_v1", help="chat template saved with the model")
     parser.add_argument("--pinpoints", type=list[tuple[int, int]] | None, help="canvases as [[height, width], ...]")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")
-    parser.add_argument("--out", required=True, help="new model folder")
+    parser.add_argument("--out", type=local_path, required=True, help="new model folder")
     args = parser.parse_args()
     if not args.demo and not (args.vision and args.llm):
         parser.error("give --vision and --llm, or --demo")
@@ -49,7 +57,7 @@ def parts(args):
     if args.demo:
         vision_config, llm_config = dry.demo_configs()
         args.pinpoints = args.pinpoints or dry.DEMO_PINPOINTS
-        texts = dry.corpus_texts(json.loads(Path(args.demo).read_text()), args.template)
+        texts = dry.corpus_texts(read_samples(args.demo), args.template)
         tokenizer = dry.train_tokenizer(texts, vocab_size=llm_config.vocab_size - 2)
     elif args.random_init:
         vision_config, llm_config = (dry.scaled(dry.architecture(n), args.scale) for n in (args.vision, args.llm))
@@ -64,6 +72,13 @@ def parts(args):
     else:
         return vision_part(args.vision), llm_part(args.llm), load_tokenizer(args.tokenizer or args.llm)
     return random_part(vision_config, args.seed), random_part(llm_config, args.seed), tokenizer
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The samples of a JSON file, their conversations in the stored form. Raises ValueError."""
+    listing = list_json(path, seed=0)
+    records = map(listing.reader.read, listing.addresses)
+    return [read_record(record, allow_text_image_token=True)._asdict() for record in records]
 
 
 if __name__ == "__main__":

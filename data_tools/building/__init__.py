@@ -1,6 +1,7 @@
 """Parts of `build_shards.py` and `index_shards.py`: from published data to shards.
 
-inputs.py: JSON inputs, listed in one pass
+inputs.py: inputs listed in one pass: JSON files and mixtures
+json_stream.py: the elements of a JSON file, one by one
 embedded.py: inputs that hold their pictures: parquet, shards of others
 cutting.py: a record becomes a sample: text checked, pictures cut
 jobs.py: a build as a plan of shards that stand alone

@@ -5,15 +5,25 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from building.inputs import Picture, image_names, leaves_root, source_name
 from llava_next.anyres import HF_336, ORIGINAL_336, ORIGINAL_384, AnyRes
-from llava_next.data.format.pictures import open_picture, stored_turn
+from llava_next.data.format.picture_forms import Picture, picture_file
+from llava_next.data.format.pictures import open_picture
+from llava_next.data.format.records import (
+    has_system,
+    has_text_image_token,
+    prepend_system,
+    read_record,
+    source_name,
+    without_system,
+)
 from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
 from llava_next.data.format.tar import BadSample
-from llava_next.templates import place_images, read_turns
+from llava_next.paths import local_path
+from llava_next.templates import TEMPLATES, get_template, place_images, read_turns
 
 TOWERS = {"clip-336": AnyRes(336, 14, ORIGINAL_336), "siglip-384": AnyRes(384, 14, ORIGINAL_384)}
 PINPOINTS = {"original": None, "hf": HF_336}  # None: the tower's own
+SYSTEM_CHOICES = {"keep": lambda turns: turns, "drop": without_system, "prepend": prepend_system}
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,10 @@ class Cutter:
     Args:
         root: folder that image paths are relative to; None: all pictures are embedded.
         anyres: geometry of the tiles; codec, quality: of the strips.
-        source: name for the part of the mixture; None: each record's own, see `inputs.source_name`.
+        source: name for the part of the mixture; None: each record's own, see `records.source_name`.
+        system: what becomes of a sample's own system prompt, one of `SYSTEM_CHOICES`.
+        template: chat template of the training, where it is known; None: any.
+        allow_text_image_token: take `<image>` in a sample without pictures as characters.
     """
 
     root: Path | None
@@ -31,39 +44,29 @@ class Cutter:
     codec: str = "auto"
     quality: int = 95
     source: str | None = None
+    system: str = "keep"
+    template: str | None = None
+    allow_text_image_token: bool = False
 
     def make_sample(self, row: int, record: dict) -> RawSample:
         """The record in row `row` of the input. Raises BadSample."""
-        names = image_names(record)
-        conversations = record.get("conversations")
-        if not isinstance(conversations, list):
-            raise BadSample("conversations is missing or not a list of turns")
-        check_text(conversations, len(names))
-        turns = [stored_turn(turn) for turn in conversations]
-        images = [self.cut_picture(name) for name in names]
-        return RawSample(f"{row:09d}", str(record.get("id", row)), self.source or source_name(record), turns, images)
+        found = read_record(record, allow_text_image_token=self.allow_text_image_token)
+        turns = SYSTEM_CHOICES[self.system](found.conversations)
+        check_text(turns, len(found.pictures))
+        check_system(turns, self.template)
+        images = [self.cut_picture(picture) for picture in found.pictures]
+        name = str(row) if found.id is None else found.id
+        return RawSample(f"{row:09d}", name, self.source or source_name(record, self.root), turns, images)
 
     def cut_picture(self, name: str | Picture) -> StripInfo:
         """One picture as a strip of tiles. Raises BadSample."""
-        image = open_picture(name.data if isinstance(name, Picture) else self._path(name))
+        image = open_picture(name.data if isinstance(name, Picture) else picture_file(name, self.root))
         try:
             rows, cols = self.anyres.grid(*image.size)
             ext, data = encode_strip(self.anyres.tiles(image), self.codec, self.quality)
         except ValueError as error:
             raise BadSample(str(error)) from error
         return StripInfo(*image.size, rows, cols, ext, data)
-
-    def _path(self, name: str) -> Path:
-        if self.root is None:
-            raise BadSample(f"image {name} is a path, and there is no --images")
-        if leaves_root(name):
-            raise BadSample(f"path leaves the image root: {name}")
-        try:
-            if (self.root / name).is_file():
-                return self.root / name
-        except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-            pass
-        raise BadSample(f"no such image file: {self.root / name}")
 
 
 def check_text(conversations: list, n_images: int) -> None:
@@ -74,10 +77,28 @@ def check_text(conversations: list, n_images: int) -> None:
         raise BadSample(str(error)) from error
 
 
+def check_system(conversations: list, template: str | None) -> None:
+    """Refuses a sample's own system prompt where the chat template has no place for one. Raises BadSample."""
+    if template is not None and has_system(conversations) and get_template(template).system_turn is None:
+        raise BadSample(
+            f"template {template} has no place for a system prompt, and the sample has one of its own: build with "
+            "--system drop or --system prepend"
+        )
+
+
+def check_images(conversations: list, n_images: int) -> None:
+    """Refuses a sample without pictures whose question has `<image>`. Raises BadSample."""
+    if not n_images and has_text_image_token(conversations):
+        raise BadSample(
+            "a question has <image>, and the sample has no picture; if the characters are meant, give "
+            "--allow_text_image_token"
+        )
+
+
 def add_geometry_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `geometry` reads."""
     add = parser.add_argument
-    add("--model", type=Path, help="cut tiles for this LLaVA-NeXT model folder")
+    add("--model", type=local_path, help="cut tiles for this LLaVA-NeXT model folder")
     add("--tower", choices=TOWERS, help="instead of --model: vision tower to cut tiles for")
     add("--tile_size", type=int, help="instead of --tower: side of a tile in pixels")
     add("--patch_size", type=int, help="instead of --tower: side of a patch in pixels")
@@ -119,3 +140,12 @@ def model_geometry(folder: Path) -> AnyRes:
         raise ValueError(
             f"--model {folder}: no LLaVA-NeXT config.json there ({type(error).__name__}: {error})"
         ) from None
+
+
+def model_template(folder: Path) -> str | None:
+    """The chat template of this project that is saved in a model folder; None: another, or none."""
+    try:
+        saved = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return next((name for name, template in TEMPLATES.items() if template.jinja == saved), None)

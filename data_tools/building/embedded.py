@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from building.inputs import Lister, Listing, Picture, source_name
+from building.inputs import Lister, Listing
 from building.shard_walk import Stream, samples_in, shard_files
+from llava_next.data.format.picture_forms import PICTURE_KEYS, Picture
+from llava_next.data.format.records import SYSTEM_KEYS, TEXT_KEYS, source_name
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
 from llava_next.data.storage.client import Storage
 
 SHARDS_AT_ONCE = 4
-IMAGE_COLUMNS = ("image", "images")
 
 
 class HubReader:
@@ -26,64 +27,66 @@ class HubReader:
 
     def read(self, address: np.ndarray) -> dict:
         """See `inputs.Reader`."""
-        row = int(address[1])
-        record = self.dataset[row]
-        for column in IMAGE_COLUMNS:
-            value = record.get(column)
-            pictures = value if isinstance(value, list) else [] if value is None else [value]
-            if pictures:
-                record[column] = [_picture(picture, f"row {row}") for picture in pictures]
-        return record
+        return self.dataset[int(address[1])]
 
 
 def list_hub(name: str, split: str) -> Listing:
-    """A data set of the Hugging Face hub by its id, or a local folder of parquet files: `datasets` copies either into
-    its cache as Arrow files, from which any row is read at once.
+    """A data set of the Hugging Face hub by its id, a local folder of parquet files, or one such file: `datasets`
+    copies them into its cache as Arrow files, from which any row is read at once.
 
     Raises:
-        ValueError: no such data set, or one without `conversations`.
+        ValueError: no such data set, or one without a column of texts.
     """
     try:
-        from datasets import Image, List, load_dataset
+        from datasets import load_dataset
     except ImportError:
         raise ValueError("--hf needs the package datasets: pip install 'llava-next-trainer[data]'") from None
     try:
-        if Path(name).is_dir():
-            files = sorted(str(path) for path in Path(name).rglob("*.parquet"))
+        if Path(name).exists():
+            found = Path(name).rglob("*.parquet") if Path(name).is_dir() else [Path(name)]
+            files = sorted(map(str, found))
             dataset = load_dataset("parquet", data_files={split: files}, split=split)
         else:
             dataset = load_dataset(name, split=split)
     except Exception as error:  # whatever the network, the hub or a damaged file make of it
         raise ValueError(f"--hf {name}: {type(error).__name__}: {error}") from None
-    if "conversations" not in dataset.column_names:
-        raise ValueError(f"--hf {name}: no column conversations, only {', '.join(dataset.column_names)}")
+    if not set(TEXT_KEYS) & set(dataset.column_names):
+        raise ValueError(
+            f"--hf {name}: no column conversations (or messages, or prompt and completion), only "
+            f"{', '.join(dataset.column_names)}"
+        )
     for column, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
+        as_stored = _undecoded(feature)
+        if as_stored != feature:
+            dataset = dataset.cast_column(column, as_stored)
     return _list_rows(dataset)
+
+
+def _undecoded(feature):
+    """A column's type with its pictures, however deep, left as bytes and path."""
+    from datasets import Image, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    return feature
 
 
 def _list_rows(dataset) -> Listing:
     """Hashes ids, texts and names of sources; pictures are not looked at."""
     lister, digest = Lister(), hashlib.sha256()
-    texts = [name for name in ("id", "source", "data_source", "conversations") if name in dataset.column_names]
-    has_images = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+    wanted = ("id", "source", "data_source", *SYSTEM_KEYS, *TEXT_KEYS)
+    texts = [name for name in wanted if name in dataset.column_names]
+    has_images = any(name in dataset.column_names for group in PICTURE_KEYS for name in group)
     for row, record in enumerate(dataset.select_columns(texts)):
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
         # one source a set, unless the rows say otherwise
-        name = source_name({**record, "image": Picture("", b"") if has_images else None})
+        name = source_name(record | {"image": Picture("", b"")} if has_images else record)
         lister.add((0, row, 0), name)
     return lister.listing(digest.hexdigest(), HubReader(dataset))
-
-
-def _picture(value, where: str):
-    """A cell of an image column: embedded bytes, or a path below the image root."""
-    if isinstance(value, dict):
-        path = value.get("path") or where
-        return path if value.get("bytes") is None else Picture(f"{where} ({path})", value["bytes"])
-    return value
 
 
 @dataclass(frozen=True)
@@ -143,4 +146,5 @@ def _record(sample: RawSample) -> dict:
     if not all(image.is_raw for image in sample.images):
         raise BadSample(f"sample {sample.key!r} holds tiles already; build from shards with raw images")
     pictures = [Picture(f"{sample.key}.{image.ext}", image.data) for image in sample.images]
-    return {"id": sample.id, "source": sample.source, "conversations": sample.conversations, "image": pictures or None}
+    record = {"id": sample.id, "source": sample.source, "conversations": sample.conversations}
+    return record | {"image": pictures} if pictures else record

@@ -3,47 +3,36 @@
 An input is listed once, in the main process, without being held: 24 bytes a sample. Worker processes get addresses and
 read the samples themselves, in the shuffled order. So memory stays flat however large the file is.
 
-LLaVA JSON and YAML mixtures are read here; data sets with embedded images in `embedded.py`.
+JSON files (`json_stream.py`) and YAML mixtures are read here; parquet and shards of others in `embedded.py`.
 """
 
 import hashlib
 import json
 import math
-import posixpath
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from building.json_stream import READ_BYTES, BrokenFile, json_records
+from llava_next.data.format.picture_forms import Picture as Picture  # what a record may hold, for callers
+from llava_next.data.format.records import source_name
 from llava_next.data.format.tar import BadSample
 from llava_next.data.plan.order import permutation
+from llava_next.paths import PathError, folder_or_name, local_path
 
-READ_BYTES = 4 << 20
-MAX_RECORD_BYTES = 64 << 20  # of one sample in a JSON file; what is larger is not a list of samples
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-_COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
-_LIST_END = re.compile(r"[ \t\r\n]*\][ \t\r\n]*")
 _STRATEGY = re.compile(r"(?:(first|end|random):)?(\d+)(%?)")
-
-
-class Picture(NamedTuple):
-    """A picture that lies in the data set itself: what to call it in reports, and its bytes."""
-
-    name: str
-    data: bytes
 
 
 class Reader(Protocol):
     """The worker's half of an input; picklable."""
 
     def read(self, address: np.ndarray) -> dict:
-        """The sample at an address (int64 [3]): LLaVA's fields, `image` a path, a `Picture`, or a list. BadSample."""
+        """The record at an address (int64 [3]), in any form that `records.read_record` takes. Raises BadSample."""
 
 
 @dataclass(frozen=True)
@@ -114,65 +103,73 @@ class JsonReader:
             stream.seek(start)
             data = stream.read(length)
         try:
-            return json.loads(data)
+            record = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BadSample(f"bytes {start} to {start + length} of {self.files[file]} do not parse: {error}") from None
+        if not isinstance(record, dict):
+            raise BadSample(f"no object but {_kind(record)}: {data[:80]!r} at byte {start} of {self.files[file]}")
+        return record
 
 
-def list_json(path: Path, seed: int) -> Listing:
-    """A LLaVA JSON list, JSONL, or a YAML mixture of those (`.yaml`, `.yml`).
+def add_input_arguments(parser) -> None:
+    """The options that `list_input` reads, and `--images`."""
+    add = parser.add_argument
+    add("--json", type=local_path, help="JSON list or JSONL of records in any form; .yaml: a mixture of such files")
+    add("--hf", type=folder_or_name, help="instead of --json: data set id on the Hugging Face hub, or parquet files")
+    add("--split", default="train", help="of --hf (default: train)")
+    add("--shards", help="instead of --json: folder or URL of webdataset shards with raw images")
+    add("--images", type=local_path, help="folder that image paths are relative to; none: all pictures are embedded")
+
+
+def list_input(options, seed: int = 0) -> Listing:
+    """Lists the samples of the input that the command line names. Raises ValueError."""
+    if options.images is not None and not options.images.is_dir():
+        raise ValueError(f"--images {options.images} is not a folder")
+    if options.json is not None:
+        return list_json(options.json, seed, options.images)
+    from building.embedded import list_hub, list_shards
+
+    return list_hub(options.hf, options.split) if options.hf is not None else list_shards(options.shards)
+
+
+def list_json(path: Path, seed: int, root: Path | None = None) -> Listing:
+    """A JSON list, JSONL, an object around a list, or a YAML mixture of those (`.yaml`, `.yml`).
+
+    Args:
+        seed: of a mixture's random samples.
+        root: of images; it decides to which source absolute paths belong.
 
     Raises:
         ValueError: the file is missing or is none of these, and where it goes wrong.
     """
     if path.suffix.lower() in (".yaml", ".yml"):
-        return _list_mixture(path, seed)
+        return _list_mixture(path, seed, root)
     lister, digest = Lister(), hashlib.sha256()
-    _scan(path, 0, lister, digest)
+    _scan(path, 0, lister, digest, root)
     return lister.listing(digest.hexdigest(), JsonReader((path,)))
 
 
-def image_names(record: dict) -> list:
-    """What a record's `image` (or `images`) names: missing, one thing, or a list. Raises BadSample."""
-    image = record.get("image", record.get("images"))
-    names = image if isinstance(image, list) else [] if image is None else [image]
-    if not all(isinstance(name, Picture) or (isinstance(name, str) and name) for name in names):
-        raise BadSample("image is neither a path nor a list of paths")
-    return names
-
-
-def source_name(record: dict) -> str:
-    """The part of a mixture that a record belongs to: its `source` or `data_source`, else its first image's folder.
-
-    Recipes name the parts of a mixture by image root: coco, gqa, ocr_vqa, ...
-    """
-    try:
-        names = image_names(record)
-    except BadSample:
-        names = []
-    first = names[0] if names else None
-    root = "text" if first is None else first.split("/")[0] if isinstance(first, str) and "/" in first else "image"
-    return str(record.get("source") or record.get("data_source") or root)
-
-
-def _list_mixture(path: Path, seed: int) -> Listing:
+def _list_mixture(path: Path, seed: int, root: Path | None) -> Listing:
     """A YAML mixture: `datasets: [{json_path, sampling_strategy}, ...]`, paths relative to the file."""
     import yaml  # an extra: only mixtures need it
 
     try:
         entries = yaml.safe_load(path.read_bytes())["datasets"]
         entries = [
-            (path.parent / str(entry["json_path"]), str(entry.get("sampling_strategy", "all"))) for entry in entries
+            (path.parent / local_path(str(entry["json_path"])), str(entry.get("sampling_strategy", "all")))
+            for entry in entries
         ]
     except OSError as error:
         raise ValueError(f"--json {path}: {error.strerror}") from None
+    except PathError as error:
+        raise ValueError(f"--json {path}: json_path: {error}") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         text = str(error).splitlines()[0]
         raise ValueError(f"--json {path}: no mixture `datasets: [{{json_path, sampling_strategy}}]` ({text})") from None
     lister, digest, chosen = Lister(), hashlib.sha256(), []
     for number, (file, strategy) in enumerate(entries):
         start = len(lister)
-        _scan(file, number, lister, digest)
+        _scan(file, number, lister, digest, root)
         digest.update(f"{number} {strategy}\n".encode())
         chosen.append(start + _sampled(len(lister) - start, strategy, seed + number, path))
     rows = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
@@ -198,110 +195,42 @@ def _sampled(total: int, strategy: str, seed: int, path: Path) -> np.ndarray:
     return np.sort(rows[total - count :] if kind == "end" else rows[:count])
 
 
-def _scan(path: Path, number: int, lister: Lister, digest) -> None:
+def _scan(path: Path, number: int, lister: Lister, digest, root: Path | None) -> None:
     """Adds every sample of one JSON file. Raises ValueError."""
-    count = len(lister)
+    first, objects = len(lister), 0
     try:
-        for start, length, record in _records(path, digest):
-            if not isinstance(record, dict):
-                kind = type(record).__name__
-                raise ValueError(f"sample {len(lister) - count} at byte {start} is a {kind}, not {{id, conversations}}")
-            lister.add((number, start, length), source_name(record))
+        for start, length, record in json_records(path, digest):
+            objects += isinstance(record, dict)
+            lister.add((number, start, length), source_name(record, root) if isinstance(record, dict) else "text")
     except OSError as error:
         raise ValueError(f"--json {path}: {error.strerror}") from None
+    except BrokenFile as error:
+        line = 1 + _count_lines(path, error.position)
+        raise ValueError(
+            f"--json {path}: {error} at byte {error.position} (line {line}), after {len(lister) - first} whole "
+            "samples: the file is cut off or damaged, or neither a JSON list nor one JSON object a line"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--json {path}: neither a JSON list nor one JSON object a line ({error})") from None
-    if len(lister) == count:
-        raise ValueError(f"--json {path}: expected samples {{id, image, conversations}}, found none")
+        raise ValueError(f"--json {path}: {error}") from None
+    if not objects:
+        found = f"{len(lister) - first} values that are no objects" if len(lister) > first else "none"
+        raise ValueError(f"--json {path}: expected samples {{id, image, conversations}}, found {found}")
 
 
-def _records(path: Path, digest) -> Iterator[tuple[int, int, object]]:
-    """First byte, bytes and value of every element of a JSON list, or of every value of a JSONL file.
-
-    The file is read as Latin-1, one character a byte: JSON's structure is ASCII, so values end where they do in UTF-8
-    and positions are those of bytes. Texts that are not ASCII are garbled in the values given here, but for the name of
-    the sample's source.
-    """
-    decoder = json.JSONDecoder()
+def _count_lines(path: Path, end: int) -> int:
+    """Line breaks before byte `end`."""
+    lines = 0
     with open(path, "rb") as file:
-        window = _Window(file, digest)
-        window.skip_mark()
-        in_list = window.take(re.compile(r"[ \t\r\n]*\["))
-        if in_list and window.take(_LIST_END):
-            return window.expect_end()
-        while True:
-            window.take(_SPACE)
-            if not in_list and window.at_end():
-                return None
-            start = window.position
-            value = window.decode(decoder)
-            yield start, window.position - start, value
-            if in_list and not window.take(_COMMA):
-                if not window.take(_LIST_END):
-                    raise ValueError(f"expected , or ] at byte {window.position}")
-                return window.expect_end()
+        while end > 0 and (data := file.read(min(end, READ_BYTES))):
+            lines, end = lines + data.count(b"\n"), end - len(data)
+    return lines
 
 
-class _Window:
-    """A sliding window of a file as Latin-1 text; hashes what it reads."""
-
-    def __init__(self, file, digest):
-        self._file, self._digest, self._text, self._place, self._before, self._ended = file, digest, "", 0, 0, False
-        self._fill()
-
-    @property
-    def position(self) -> int:
-        """Next byte of the file."""
-        return self._before + self._place
-
-    def _fill(self, least: int = READ_BYTES) -> bool:
-        """Reads on; False at the file's end."""
-        data = self._file.read(max(least, READ_BYTES))
-        self._digest.update(data)
-        self._before += self._place
-        self._text, self._place = self._text[self._place :] + data.decode("latin-1"), 0
-        self._ended = not data
-        return bool(data)
-
-    def skip_mark(self) -> None:
-        """Skips a byte-order mark."""
-        if self._text.startswith("\xef\xbb\xbf"):
-            self._place = 3
-
-    def take(self, pattern: re.Pattern) -> bool:
-        """Goes past `pattern` if it comes next."""
-        match = pattern.match(self._text, self._place)
-        while (match is None or match.end() == len(self._text)) and not self._ended:
-            if match is None and _SPACE.match(self._text, self._place).end() < len(self._text):
-                return False
-            self._fill()
-            match = pattern.match(self._text, self._place)
-        self._place = match.end() if match else self._place
-        return match is not None
-
-    def at_end(self) -> bool:
-        """Whether nothing is left."""
-        return self._place == len(self._text) and (self._ended or not self._fill())
-
-    def expect_end(self) -> None:
-        """Raises ValueError when something is left."""
-        if not self.at_end():
-            raise ValueError(f"something follows the list's end, at byte {self.position}")
-
-    def decode(self, decoder: json.JSONDecoder):
-        """The value that comes next."""
-        while True:
-            try:
-                value, end = decoder.raw_decode(self._text, self._place)
-                start, self._place = self._place, end
-                break
-            except json.JSONDecodeError as error:
-                left = len(self._text) - self._place
-                if self._ended or left > MAX_RECORD_BYTES or not self._fill(left):
-                    raise ValueError(f"{error.msg} at byte {self._before + error.pos}") from None
-        if isinstance(value, dict) and not source_name(value).isascii():
-            value = json.loads(self._text[start:end].encode("latin-1"))
-        return value
+def _kind(value) -> str:
+    """What JSON calls a value that is no object."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return {list: "a list", str: "a string"}.get(type(value), "a number")
 
 
 def check_expected(path: Path, listing: Listing) -> None:
@@ -313,21 +242,22 @@ def check_expected(path: Path, listing: Listing) -> None:
     Raises:
         ValueError: naming every difference.
     """
-    expected, found = json.loads(path.read_bytes()), Counter(listing.source_counts())
+    try:
+        expected, found = json.loads(path.read_bytes()), Counter(listing.source_counts())
+        sources, is_complete = expected["sources"], expected["complete"]
+    except OSError as error:
+        raise ValueError(f"--expect {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--expect {path}: no file of expected counts ({type(error).__name__}: {error})") from None
     wrong = []
     if expected.get("total") is not None and expected["total"] != len(listing):
         wrong.append(f"{len(listing)} samples, expected {expected['total']}")
     if abs(len(listing) - (expected.get("about") or len(listing))) > 0.01 * len(listing):
         wrong.append(f"{len(listing)} samples, expected about {expected['about']}")
-    for name, count in expected["sources"].items():
+    for name, count in sources.items():
         if not found[name] or count not in (None, found[name]):
             wrong.append(f"source {name}: {found[name]}, expected {'some' if count is None else count}")
-    others = sorted(set(found) - set(expected["sources"])) if expected["complete"] else []
+    others = sorted(set(found) - set(sources)) if is_complete else []
     wrong += [f"source {name}: {found[name]}, expected none" for name in others[:10]]
     if wrong:
         raise ValueError(f"--expect {path}: the input is not what the file says: {'; '.join(wrong)}")
-
-
-def leaves_root(name: str) -> bool:
-    """Whether an image path points outside of the image root."""
-    return posixpath.isabs(name) or posixpath.normpath(name).split("/")[0] == ".."

@@ -24,11 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from building.cutting import Cutter
-from building.inputs import Listing, Picture, Reader
+from building.inputs import Listing, Reader
 from building.progress import PROCESSES, Progress, worker_pool
 from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo
 from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA
+from llava_next.data.format.picture_forms import picture_names
+from llava_next.data.format.records import drops_first_turn, has_system
 from llava_next.data.format.tar import BadSample
 from llava_next.data.format.writer import ShardFile, shard_name, write_dataset
 from llava_next.data.plan.order import permutation
@@ -37,6 +39,10 @@ from llava_next.data.storage.client import Storage
 REPORT_FILE = "rejected.jsonl"
 STATE_FOLDER = "building"
 PLAN_FILE = f"{STATE_FOLDER}/plan.json"
+# Of samples' conversations, kept in `dataset.json` under `build`: a first turn that training leaves out as the original
+# does, and a system prompt of the sample's own.
+TURN_COUNTS = {"first_turns_left_out": drops_first_turn, "system_prompts": has_system}
+REASONS_SHOWN = 5
 READ_THREADS = 16  # records of finished shards at once; each waits for the network
 
 
@@ -52,11 +58,13 @@ class Job:
 
 
 class Record(NamedTuple):
-    """What is known of a finished shard: its description (None when no sample was left), rows, samples left out."""
+    """What is known of a finished shard: its description (None when no sample was left), rows, samples left out, and
+    how many of those that are in have the properties of `TURN_COUNTS`."""
 
     info: ShardInfo | None
     rows: pa.Table
     rejected: list[dict]
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,9 @@ class Plan:
     seed: int
     source: str | None
     tokenizers: tuple[str, ...]  # fingerprints
+    system: str = "keep"
+    template: str | None = None
+    allow_text_image_token: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -149,9 +160,9 @@ class Output:
 
     def save(self, number: int, record: Record) -> None:
         """Writes a shard's record; its tar must be in place."""
-        about = {"info": record.info and asdict(record.info), "rejected": record.rejected}
+        about = {"info": record.info and asdict(record.info), "rejected": record.rejected, "counts": record.counts}
         buffer = io.BytesIO()
-        pq.write_table(record.rows.replace_schema_metadata({"shard": json.dumps(about)}), buffer)
+        pq.write_table(record.rows.replace_schema_metadata({"shard": json.dumps(about, default=str)}), buffer)
         self.storage.put(f"{STATE_FOLDER}/{number:06d}.parquet", buffer.getvalue())
 
     def load(self, number: int) -> Record:
@@ -159,7 +170,7 @@ class Output:
         table = pq.read_table(pa.BufferReader(self.storage.read_all(f"{STATE_FOLDER}/{number:06d}.parquet")))
         about = json.loads(table.schema.metadata[b"shard"])
         info = about["info"] and ShardInfo(**about["info"])
-        return Record(info, table.replace_schema_metadata(None), about["rejected"])
+        return Record(info, table.replace_schema_metadata(None), about["rejected"], about["counts"])
 
     def finished(self, numbers: Iterable[int]) -> Iterator[tuple[int, Record]]:
         """Those of the shards `numbers` that are done, in order, with their records; a few are held at a time."""
@@ -222,7 +233,7 @@ def write_shard(path: Path, rows: list[int], addresses: np.ndarray) -> Record:
         from building.text_lengths import text_lengths  # imports transformers, which takes seconds
 
         lengths = text_lengths(_job.tokenizers)
-    rejected = []
+    rejected, counts = [], dict.fromkeys(TURN_COUNTS, 0)
     with ShardFile(path, [length.fingerprint for length in lengths]) as shard:
         for row, address in zip(rows, addresses, strict=True):
             if _counters[STOP]:
@@ -235,20 +246,14 @@ def write_shard(path: Path, rows: list[int], addresses: np.ndarray) -> Record:
                     length.fingerprint: length.count(sample.conversations, len(sample.images)) for length in lengths
                 }
                 shard.write(sample, tokens)
+                for name, holds in TURN_COUNTS.items():
+                    counts[name] += holds(sample.conversations)
             except BadSample as error:
-                rejected.append({"id": record.get("id", row), "file": _file(record), "reason": str(error)})
+                rejected.append({"id": record.get("id", row), "file": picture_names(record), "reason": str(error)})
                 count(REJECTED)
             count(DONE)
     empty = pa.schema(ROW_SCHEMA).empty_table()
-    return Record(shard.info, empty if shard.rows is None else shard.rows, rejected)
-
-
-def _file(record: dict):
-    """What a report calls a record's pictures."""
-    image = record.get("image", record.get("images"))
-    if isinstance(image, list):
-        return [picture.name if isinstance(picture, Picture) else picture for picture in image]
-    return image.name if isinstance(image, Picture) else image
+    return Record(shard.info, empty if shard.rows is None else shard.rows, rejected, counts)
 
 
 def build_missing(
@@ -298,7 +303,7 @@ def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[Datas
     Raises:
         ValueError: shards are missing, or too many samples were left out.
     """
-    numbers, rejected = range(plan.num_shards), []
+    numbers, rejected, counts = range(plan.num_shards), [], Counter()
     build = json.loads(json.dumps(plan.to_dict()))
 
     def parts() -> Iterator[tuple[ShardInfo, pa.Table]]:
@@ -306,6 +311,7 @@ def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[Datas
         for number, record in output.finished(numbers):
             del missing[number]
             rejected.extend(record.rejected)
+            counts.update(record.counts)
             if record.info is not None:
                 yield record.info, record.rows
         if missing:
@@ -315,7 +321,7 @@ def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[Datas
             )
         report(output, rejected)
         check_share(len(rejected), plan.samples, max_rejected_share, output, numbers)
-        build["rejected"] = len(rejected)  # dataset.json is written when the last part is
+        build.update({"rejected": len(rejected), **counts})  # dataset.json is written when the last part is
 
     info = write_dataset(output.storage, plan.anyres, plan.codec, parts(), build)
     files, kept = output.files(), {shard.name for shard in info.shards}
@@ -345,11 +351,16 @@ def check_share(rejected: int, samples: int, max_share: float, output: Output, n
     lacking = {number: record.rejected for number, record in output.finished(numbers) if record.rejected}
     entries = [entry for found in lacking.values() for entry in found]
     report(output, entries)
-    reasons = Counter(entry["reason"].partition(":")[0] for entry in entries).most_common(3)
     for number in lacking:
         output.storage.delete(f"{STATE_FOLDER}/{number:06d}.parquet")
     raise ValueError(
         f"{rejected} of {samples} samples rejected, more than --max_rejected_share {max_share} allows; no data set "
-        f"written. See {output.storage.address(REPORT_FILE)}; most often: "
-        + "; ".join(f"{reason} ({number})" for reason, number in reasons)
+        f"written. See {output.storage.address(REPORT_FILE)}; most often: " + "; ".join(common_reasons(entries))
     )
+
+
+def common_reasons(rejected: list[dict]) -> list[str]:
+    """The reasons that left out most samples, each with how often and, where it names one, an example."""
+    examples = {entry["reason"].partition(":")[0]: entry["reason"] for entry in reversed(rejected)}
+    reasons = Counter(entry["reason"].partition(":")[0] for entry in rejected).most_common(REASONS_SHOWN)
+    return [f"{reason} ({number}){examples[reason][len(reason) :]}" for reason, number in reasons]

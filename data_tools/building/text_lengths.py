@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from transformers import AutoTokenizer
 
 from llava_next.data.format.tar import BadSample
+from llava_next.paths import folder_or_name
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import IMAGE_TOKEN, fingerprint
 
@@ -27,7 +28,7 @@ class TextLength:
             raise ValueError(f"--tokenizer {argument}: expected NAME_OR_FOLDER:template, one of {', '.join(TEMPLATES)}")
         self.argument, self.template = argument, get_template(template)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder_or_name(name))
             if IMAGE_TOKEN not in self.tokenizer.get_vocab():
                 self.template.prepare_tokenizer(self.tokenizer)
             self.template.check_tokenizer(self.tokenizer)

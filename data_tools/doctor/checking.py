@@ -19,6 +19,7 @@ from building.progress import Progress, worker_pool
 from building.shard_walk import Stream
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.index import Index
+from llava_next.data.format.records import drops_first_turn, has_text_image_token
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
 from llava_next.data.format.writer import index_row
@@ -49,6 +50,12 @@ KINDS = {
         "Training leaves them out, lists them in skipped.jsonl, and stops when they are many.",
     ),
     "mismatch": Kind("fault", "not as indexed", "Runs are planned from the index. Index or build the data set again."),
+    "lost_picture": Kind(
+        "warning",
+        "<image> in a question, and no picture",
+        "Trained as characters. If their records have pictures, build again: they are taken under any usual key. If "
+        "the characters are meant, build with --allow_text_image_token.",
+    ),
     "nothing_learned": Kind(
         "warning",
         "nothing left to learn",
@@ -73,6 +80,7 @@ class Facts(NamedTuple):
         tokens: of the whole sample, image tokens included; supervised: targets up to the maximum length. `UNKNOWN`
             without a model, or when the sample cannot be used.
         pictures: 64-bit hash of each picture's stored bytes; conversation: of the text, 0 when it could not be read.
+        drops_first_turn: the conversation begins with a turn that is not human, which training leaves out.
     """
 
     problems: tuple[tuple[str, str], ...]
@@ -80,6 +88,7 @@ class Facts(NamedTuple):
     supervised: int = UNKNOWN
     pictures: tuple[int, ...] = ()
     conversation: int = 0
+    drops_first_turn: bool = False
 
 
 class Checked(NamedTuple):
@@ -125,6 +134,9 @@ class Checker:
         if sample is None:
             return Checked(Facts(tuple(problems)), None, None)
         problems += self._differences(index, row, sample, data)
+        meant = self.info.build.get("allow_text_image_token", False)
+        if not sample.images and not meant and has_text_image_token(sample.conversations):
+            problems.append(("lost_picture", "a question has <image>, and the sample has no picture"))
         pictures = tuple(_hash(image.data) for image in sample.images)
         text = json.dumps([(turn["from"], turn["value"]) for turn in sample.conversations]).encode()
         tokens = supervised = UNKNOWN
@@ -132,7 +144,8 @@ class Checker:
             tokens = len(example.input_ids)
             supervised = int((example.labels[1 : self.encoder.max_length] != IGNORE).sum())  # the first has no context
             problems += self._wrong_length(index, row, example)
-        return Checked(Facts(tuple(problems), tokens, supervised, pictures, _hash(text)), sample, example)
+        left_out = drops_first_turn(sample.conversations)
+        return Checked(Facts(tuple(problems), tokens, supervised, pictures, _hash(text), left_out), sample, example)
 
     def _encode(self, sample: RawSample, row: int) -> Example | None:
         """The sample as training sees it, but uncut. Without a model only checked. Raises BadSample."""
@@ -215,6 +228,7 @@ class Findings:
         is_read: bool [n]; tokens, supervised: int64 [n] as in `Facts`.
         problems: (kind, reason) pairs by row.
         shards: what is wrong with shards as files.
+        first_turns_left_out: samples that begin with a turn that is not human.
         shared_pictures: pictures stored again in another sample; shared_conversations: samples whose conversation
             comes with other pictures too (`find_duplicates` counts both).
     """
@@ -224,6 +238,7 @@ class Findings:
         self.tokens, self.supervised = np.full(n, UNKNOWN), np.full(n, UNKNOWN)
         self.problems: dict[int, list[tuple[str, str]]] = defaultdict(list)
         self.shards: list[str] = []
+        self.first_turns_left_out = 0
         self.shared_pictures = self.shared_conversations = 0
         self._conversation, self._pictures = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
         self._hashes: list[np.ndarray] = []  # of every picture
@@ -234,6 +249,7 @@ class Findings:
             self.is_read[row], self.tokens[row], self.supervised[row] = True, found.tokens, found.supervised
             self._conversation[row] = found.conversation
             self._pictures[row] = _hash(np.array(found.pictures, np.uint64).tobytes()) if found.pictures else 0
+            self.first_turns_left_out += found.drops_first_turn
             if found.problems:
                 self.problems[int(row)] += found.problems
         self._hashes.append(np.array([p for found in facts for p in found.pictures], np.uint64))

@@ -88,6 +88,11 @@ def notes(options, training: survey.Training | None, findings: Findings, exact: 
         found.append(f"{findings.shared_pictures:,} pictures are stored more than once{among}.")
     if findings.shared_conversations:
         found.append(f"{findings.shared_conversations:,} samples share their conversation{among}, with other pictures.")
+    if findings.first_turns_left_out:
+        found.append(
+            f"{findings.first_turns_left_out:,} samples{among} begin with a turn that is not human, which training "
+            "leaves out as the original does."
+        )
     if not exact:
         found.append(
             "Text lengths are estimated from bytes; index_shards.py URL --tokenizer MODEL:TEMPLATE counts them."

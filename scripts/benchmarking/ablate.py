@@ -11,7 +11,6 @@ import gc
 import time
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,6 +22,7 @@ from benchmarking.levers import GPU_ONLY, REBUILT, SWITCHES, Bench, Micros, Unav
 from benchmarking.samples import packed_step, profile_samples
 from benchmarking.step import add_work_arguments, begin, card_name
 from benchmarking.training import How, Work, build
+from llava_next.paths import local_path
 from llava_next.training.devices.parallel import finish
 from llava_next.training.forecast.budget import POLICIES
 
@@ -37,7 +37,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--padded_batch", type=int, default=4, help="samples that are padded to one length")
     parser.add_argument("--levers", nargs="+", choices=[*SWITCHES, *REBUILT, "optimizer"], help="default: all")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no lever after so many")
-    parser.add_argument("--out", type=Path, default=CARDS)
+    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 @dataclass

@@ -15,13 +15,14 @@ import numpy as np
 
 from benchmarking.cards import CARDS, ROOT, write_card
 from benchmarking.datasets import conversation, describe, photographs
+from llava_next.paths import local_path
 
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py build`."""
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=CARDS)
+    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 def run(args) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from benchmarking.cards import compare, table
+from llava_next.paths import local_path
 
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py compare`."""
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
+    parser.add_argument("first", type=local_path)
+    parser.add_argument("second", type=local_path)
 
 
 def run(args) -> None:

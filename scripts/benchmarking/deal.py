@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 
 from benchmarking.cards import CARDS, table, write_card
 from benchmarking.samples import LLMS, STAGES, TOWERS, geometry, model_config, profile_sizes
 from llava_next.data.plan.dealing import deal
+from llava_next.paths import local_path
 from llava_next.training.forecast.flops import cost_model
 
 GOALS = {8: 0.985, 16: 0.97, 64: 0.93}  # for 128 samples a step
@@ -24,7 +24,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--token_budget", type=int, default=8192)
     parser.add_argument("--tile_budget", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=CARDS)
+    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 def run(args) -> None:

@@ -12,6 +12,7 @@ from benchmarking.cards import CARDS, write_card
 from benchmarking.samples import LLMS, TOWERS, model_config
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.paths import local_path
 
 
 def add_arguments(parser) -> None:
@@ -20,7 +21,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--tower", default="clip-336", choices=list(TOWERS))
     parser.add_argument("--scale", default="small")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=CARDS)
+    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 def run(args) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarking.cards import CARDS, table, write_card
 from benchmarking.step import add_work_arguments, begin, card_name
 from benchmarking.training import How, build, run_steps
+from llava_next.paths import local_path
 from llava_next.training.devices.parallel import finish
 from llava_next.training.recipe.optim import Rates
 
@@ -24,7 +25,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--distinct", type=int, default=4, help="steps of samples, which come in turns")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of everything but the tower")
-    parser.add_argument("--out", type=Path, default=CARDS)
+    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 def run(args) -> None:

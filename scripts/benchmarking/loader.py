@@ -25,6 +25,7 @@ from llava_next.data.loading.batch import pack
 from llava_next.data.loading.encode import picture_tiles
 from llava_next.data.loading.loader import LoaderOptions, MicroBatches
 from llava_next.data.plan.mixture import Mixture
+from llava_next.paths import local_path
 
 LATENCY = 0.1  # seconds before the first byte of every answer
 PARTS = ("cpu", "first", "throughput", "memory", "webdataset", "faults", "s3")
@@ -44,7 +45,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--passes", type=int, default=5, help="over the photographs, for the CPU time")
     parser.add_argument("--fault_timeout", type=float, default=90.0, help="seconds until a run counts as hung")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--out", type=Path, default=CARDS)
+    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 def run(args) -> None:

@@ -22,6 +22,7 @@ from benchmarking.projection import Node, project
 from benchmarking.samples import LLMS, STAGES, TOWERS, model_config, profile_samples
 from benchmarking.stock import against_stock
 from benchmarking.training import How, Run, Work, build, empty_units, pick, run_steps
+from llava_next.paths import local_path
 from llava_next.training.devices.hardware import peak_flops
 from llava_next.training.devices.parallel import build_accelerator, finish
 from llava_next.training.forecast.activations import Compute
@@ -41,9 +42,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--bandwidth", type=float, default=Node.bandwidth, help="bytes/s, for the projection")
     parser.add_argument("--padded_batch", type=int, default=4, help="samples of a batch of the stock way, on a CPU")
     parser.add_argument(
-        "--profile", type=Path, help="folder for a trace of one more step; its operators are in the card"
+        "--profile", type=local_path, help="folder for a trace of one more step; its operators are in the card"
     )
-    parser.add_argument("--out", type=Path, default=CARDS)
+    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 def add_work_arguments(parser) -> None:

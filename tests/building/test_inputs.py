@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from building import inputs
+from building import inputs, json_stream
 from building.cutting import Cutter
 from building.embedded import list_hub, list_shards
 from llava_next.anyres import AnyRes
+from llava_next.data.format.records import source_name
 from llava_next.data.format.shards import decode_strip
 from llava_next.data.format.tar import BadSample
 from support.builds import GEOMETRY, samples, tool_result, turns
@@ -58,13 +59,14 @@ def test_any_json_list_and_jsonl_is_listed_record_by_record(tmp_path_factory, ro
     if as_list:
         text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
     else:
+        rows = [row | {"messages": None} for row in rows]  # an object with no key of a sample could be around a list
         text = "\r\n\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows)
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "READ_BYTES", chunk)
+        patch.setattr(json_stream, "READ_BYTES", chunk)
         listing = inputs.list_json(path, 0)
     assert read_all(listing) == rows
-    names = [inputs.source_name(row) for row in rows]
+    names = [source_name(row) for row in rows]
     assert [listing.source_names[code] for code in listing.source] == names
 
 
@@ -81,16 +83,24 @@ def test_byte_order_mark_and_whitespace_do_not_matter(tmp_path):
         ('[{"id": 1}', "expected , or ] at byte 10"),
         ('[{"id": 1},', "Expecting value at byte 11"),
         ('[{"id": 1} {"id": 2}]', "expected , or ] at byte 10"),
-        ('[{"id": 1}] more', "something follows the list's end, at byte 12"),
-        ('[{"id": 1}, 7]', "sample 1 at byte 12 is a int"),
-        ('{"id": 1}\n["x"]', "sample 1 at byte 10 is a list"),
-        ('{"id": 1}\n{"id": ', "Expecting value"),
-        ("[" * 100_000, "sample 0 at byte 1|recursion|Expecting"),
-        ("no json", "Expecting value at byte 0"),
+        ('[{"id": 1}] more', r"something follows the end of the list or object at byte 12 \(line 1\), after 1 whole"),
+        ("[7, [8], null]", "found 3 values that are no objects"),
+        ('{"id": 1}\n{"id": ', r"Expecting value at byte 17 \(line 2\), after 1 whole samples: the file is cut off"),
+        ('[\n{"id": 1},\n{"id": "2', r"Unterminated string starting at at byte 20 \(line 3\), after 1 whole samples"),
+        ("[" * 100_000, "no objects|recursion|Expecting"),
+        ("no json", r"Expecting value at byte 0 \(line 1\), after 0 whole samples"),
+        (
+            '{"version": 2, "items": "x"}',
+            "one object with the keys version, items: it is no sample, and it holds no list",
+        ),
+        ('{"train": [{"id": 1}], "test": [{"id": 2}]}', "holds 2 lists, under train, test. Give a list of samples"),
+        ('{"data": [{"id": 1}, ', r"Expecting value at byte 21 \(line 1\), after 1 whole samples"),
+        ('{"id": 1, "conversations": [{"from": "hu', r"Unterminated string starting at at byte 37 .*, after 0 whole"),
+        ("\ufeff[]".encode("utf-16").decode("latin-1"), "it is UTF-16: save it as UTF-8"),
     ],
 )
 def test_what_is_no_list_of_samples_is_an_error_that_names_the_byte(tmp_path, text, message):
-    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message) as error:
         inputs.list_json(tmp_path / "a.json", 0)
     assert f"--json {tmp_path / 'a.json'}: " in str(error.value)
@@ -193,6 +203,10 @@ def test_expected_counts_are_checked_and_every_difference_is_named(tmp_path):
     assert "source text: 1, expected none; source vg: 1, expected none" in str(error.value)
     with pytest.raises(ValueError, match="4 samples, expected about 5"):
         inputs.check_expected(expectation(tmp_path, about=5), listing)
+    for text, message in (("[]", "no file of expected counts"), ("{", "no file of expected counts")):
+        (tmp_path / "expect.json").write_text(text)
+        with pytest.raises(ValueError, match=f"--expect {tmp_path}/expect.json: {message}"):
+            inputs.check_expected(tmp_path / "expect.json", listing)
 
 
 def test_the_shipped_expectations_add_up():
@@ -253,7 +267,7 @@ def test_what_is_no_hub_data_set_is_a_clear_error(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.Dataset.from_list([{"a": 1}]).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=f"--hf {tmp_path}: no column conversations, only a"):
+    with pytest.raises(ValueError, match=f"--hf {tmp_path}: no column conversations .*, only a"):
         list_hub(str(tmp_path), "train")
     (tmp_path / "a.parquet").write_bytes(b"broken")
     with pytest.raises(ValueError, match=f"--hf {tmp_path}: "):
@@ -275,7 +289,7 @@ def test_shards_of_others_give_their_samples(tmp_path):
     assert (a["id"], a["source"], a["conversations"], a["image"][0].name) == ("7", "charts", TURNS, "000/a.jpg")
     caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A red é."}]
     assert (b["id"], b["source"], b["conversations"]) == ("b", "image", caption)
-    assert (c["image"], c["source"]) == (None, "text")
+    assert ("image" in c, c["source"]) == (False, "text")
     assert listing.source_counts() == {"charts": 1, "image": 1, "text": 1}
     assert Cutter(None, SMALL).make_sample(0, a).images[0].width == 40
 

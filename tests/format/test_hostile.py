@@ -249,7 +249,8 @@ def test_every_entry_of_a_description_is_checked_for_its_type():
     right = {"id": str, "source": str, "conversations": list, "images": list}
     for name, kind in right.items():
         for value in wrong:
-            if not (isinstance(value, kind) and value in ("x", [])):
+            foreign = name == "images" and value is None  # as others leave it empty
+            if not (isinstance(value, kind) and value in ("x", [])) and not foreign:
                 with pytest.raises(BadSample):
                     read_sample(tar_bytes(("k.json", description(**{name: value}))), "k")
     for name in PICTURE:

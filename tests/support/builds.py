@@ -85,7 +85,7 @@ def make_inputs(folder: Path, count: int = 40) -> list[dict]:
         records.append(record(number, name))
     if count > 20:
         records[10] |= {"image": ["coco/0.png", "vg/1.png"], "conversations": turns("<image> or <image>?")}
-        records[11] = {"id": 11, "conversations": turns("no picture, but <image> in the text")}
+        records[11] = {"id": 11, "conversations": turns("no picture, so no placeholder")}
     write_json(folder, records)
     return records
 

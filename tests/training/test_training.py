@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import evaluate
 import finetune
+from building.inputs import list_json
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.checkpoints.recovery import checkpoint_to_resume, complete_checkpoints
@@ -95,8 +96,9 @@ def test_exported_model_loads_in_stock_transformers_and_answers(demo, straight_r
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.dtype == torch.bfloat16
     processor = AutoProcessor.from_pretrained(folder)
-    sample = json.loads((demo / "digits/held_out.json").read_text())[0]
-    answers = evaluate.ask(model.eval(), processor, [sample], demo / "digits/images", max_new_tokens=4)
+    held_out = list_json(demo / "digits/held_out.json", seed=0)
+    questions, _ = evaluate.read_questions(held_out, demo / "digits/images", processor, limit=1)
+    answers = evaluate.ask(model.eval(), processor, questions, max_new_tokens=4)
     assert len(answers) == 1 and isinstance(answers[0], str)
 
 

@@ -7,6 +7,8 @@ shards.py: one sample in a tar: its members, its strip of tiles
 tar.py: tar headers, read strictly
 writer.py: shards and index, complete or absent
 pictures.py: pictures and samples as others wrote them
+records.py: a record of any form in the stored form
+picture_forms.py: paths, embedded bytes and data URLs under any key
 
 May import: the root's files, data.storage.
 """

@@ -213,7 +213,7 @@ def read_sample(data: bytes, key: str | None = None) -> RawSample:
         if extension.rpartition(".")[2] in ALLOWED_KINDS:
             members[extension] = content
     values = _parse_json(members.pop("json")) if "json" in members else {}
-    if "images" not in values:
+    if _is_foreign(values.get("images")):
         return _foreign_sample(key, values, members)
     _check_description(values)
     images = [_strip(number, image, members) for number, image in enumerate(values["images"])]
@@ -230,6 +230,15 @@ def split_member_name(name: str) -> tuple[str, str]:
     if match is None or name.startswith("/") or "\\" in name or ".." in name.split("/"):
         raise BadSample(f"member name {name!r} is not KEY.EXTENSION")
     return match[1], match[2].lower()
+
+
+def _is_foreign(images) -> bool:
+    """Whether an `images` entry is none that this project writes: absent, or it names or holds pictures itself."""
+    entries = images if isinstance(images, list) else [images]
+    return images is None or any(
+        (isinstance(entry, str) and entry) or (isinstance(entry, dict) and {"path", "bytes"} & set(entry))
+        for entry in entries
+    )
 
 
 def _foreign_sample(key: str, values: dict, members: dict[str, bytes]) -> RawSample:

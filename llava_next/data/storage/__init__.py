@@ -6,5 +6,5 @@ hub.py: Hugging Face data sets, through huggingface_hub's cache
 cache.py: ranges that were read, kept in a local folder
 errors.py: what can go wrong with a read
 
-May import: nothing of the project.
+May import: the root's files.
 """

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_next.paths import local_path
+
 _BLOCK = 4096  # bytes; what a file occupies on the disk is a multiple of it
 _CRC_BYTES = 4
 _KEEP = 7 / 8  # of max_bytes stays after an eviction, so that evictions are rare
@@ -38,7 +40,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int):
-        self.folder, self.max_bytes = Path(folder).absolute(), int(max_bytes)
+        self.folder, self.max_bytes = local_path(folder).absolute(), int(max_bytes)
         if self.max_bytes <= 0:
             raise ValueError(f"a cache of {max_bytes} bytes holds nothing; give max_bytes, or no cache.")
         self._broken = False

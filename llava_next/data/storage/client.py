@@ -25,6 +25,7 @@ from llava_next.data.storage.cache import Cache
 from llava_next.data.storage.errors import MissingObjectError, RequestError, StorageError, redact
 from llava_next.data.storage.hub import Hub
 from llava_next.data.storage.objects import CLOUD_SCHEMES, SHORTER_THAN_INDEX, WEB_SCHEMES, Objects, Version
+from llava_next.paths import local_path
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts
@@ -367,13 +368,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def _normalised(url: str) -> str:
-    """`url` with a scheme. Local paths become absolute `file` URLs, percent-encoding what a URL cannot hold."""
+    """`url` with a scheme. Local paths (`paths.local_path`) become absolute `file` URLs, percent-encoded as needed."""
     match = _SCHEME.match(url)
-    if match is None:
-        return "file://" + os.path.abspath(url).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
-    scheme = match[1].lower()
-    if scheme == "file" and url[5:].startswith("///"):
-        return "file://" + url[7:].rstrip("/")
+    scheme = match[1].lower() if match else "file"
+    if scheme == "file":
+        path = os.path.abspath(local_path(url))
+        return "file://" + path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
     if scheme == "hf":
         return Hub(url, 0.0) and url.rstrip("/")
     if scheme not in CLOUD_SCHEMES + WEB_SCHEMES or not url.startswith("://", len(scheme)):

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
+from llava_next.paths import local_path
+
 
 def resolve_folder(name: str) -> Path:
     """A local folder, or the local copy of a hub repository (weights in safetensors where it has them).
@@ -22,7 +24,7 @@ def resolve_folder(name: str) -> Path:
     Raises:
         ValueError: neither a folder nor a repository that can be reached.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:

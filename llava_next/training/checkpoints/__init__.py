@@ -5,5 +5,5 @@ sharded.py: tensors on disk, one file a rank
 recovery.py: which checkpoint a run continues from
 mirror.py: copies at a URL
 
-May import: data.storage, model.folders, training.devices, training.recipe, training.watch.
+May import: the root's files, data.storage, model.folders, training.devices, training.recipe, training.watch.
 """

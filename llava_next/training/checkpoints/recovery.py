@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from llava_next.data.storage.client import CLOUD_SCHEMES, Storage, written_aside
+from llava_next.paths import local_path
 from llava_next.training.checkpoints.mirror import MANIFEST, Mirror
 from llava_next.training.devices.agreement import agree
 from llava_next.training.recipe.config import RunConfig
@@ -231,7 +232,7 @@ def checkpoint_places(config: RunConfig) -> tuple[Path, Mirror | None]:
             f"checkpoint.dir: {place}: checkpoints are copied to {', '.join(f'{s}://' for s in CLOUD_SCHEMES)} or "
             "written to a local folder"
         )
-    return Path(urlsplit(place).path if scheme else place) if place else default, None
+    return local_path(place) if place else default, None
 
 
 def checkpoint_to_resume(folder: Path, resume: str, damaged: list[Path] | None = None) -> Path | None:

@@ -3,5 +3,5 @@
 config.py: typed options, from YAML and the command line
 optim.py: modules, rates, optimizer and schedule
 
-May import: model.forward, training.devices.
+May import: the root's files, model.forward, training.devices.
 """

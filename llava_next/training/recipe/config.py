@@ -15,6 +15,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser
 
+from llava_next.paths import local_path
 from llava_next.training.devices.float8 import check_float8
 from llava_next.training.devices.hardware import Hardware, parse_hardware
 from llava_next.training.recipe.optim import Rates
@@ -239,10 +240,27 @@ def parse_run(args: list[str] | None = None, default_recipe: Path | None = None)
         raise ValueError(f"--as_if {as_if}: plans for another machine; add --dry_run")
     options = Options(dry_run, parse_hardware(as_if) if as_if else None)
     config = RunConfig(**values)
+    _resolve_paths(config)
     config.data.sources = _sources(config.data.sources)
     config.data.validation = _sources(config.data.validation)
     check_run(config)
     return config, options
+
+
+def _resolve_paths(config: RunConfig) -> None:
+    """Local paths as `paths.local_path` reads them; data sets and `checkpoint.dir`, which may be URLs, where they open.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    keys = [(config, "model"), (config, "run_dir"), (config.data, "cache_dir"), (config.checkpoint, "resume")]
+    for section, key in keys:
+        value = getattr(section, key)
+        if value:
+            try:
+                setattr(section, key, str(local_path(value)))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
 
 
 def _sources(given: str | list[str | Source]) -> list[Source]:

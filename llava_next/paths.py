@@ -1,0 +1,70 @@
+"""Paths as people write them: `~`, `file://` and plain ones; used for every flag, file and key of a configuration.
+
+What may also be a URL goes through `data.storage.client.Storage`, which reads local paths by the same function.
+"""
+
+import argparse
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_FILE = re.compile(r"file:", re.IGNORECASE)
+
+
+class PathError(argparse.ArgumentTypeError, ValueError):
+    """What was given is no local path; the message says what it is and what to do. Command lines show it as it is."""
+
+
+def local_path(text: str | os.PathLike) -> Path:
+    """A file or folder of this machine: a path, `~` and `~user` expanded, or a `file://` URL, percent-decoded.
+
+    Raises:
+        PathError: another kind of URL, a `file:` URL of another machine or without an absolute path, or nothing.
+    """
+    given = os.fspath(text)
+    if not given:
+        raise PathError("the path is empty")
+    if _FILE.match(given):
+        parts = urlsplit(given)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise PathError(f"{given}: a file URL is written file:///absolute/path, or give the path alone")
+        return Path(unquote(given[given.index("/", len("file://") if given[5:].startswith("//") else 5) :]))
+    match = _URL.match(given)
+    if match:
+        where = f"{match[1]}://{urlsplit(given).netloc.rpartition('@')[2]}/..."
+        raise PathError(f"{where} is a URL, and a local path is needed: nothing is fetched. Download it, give its path")
+    return Path(os.path.expanduser(given))
+
+
+def folder_or_name(text: str) -> str:
+    """A model or data set that is a local path or a name on the hub: `~` and `file://` resolved, all else as given.
+
+    Raises:
+        PathError: as `local_path`.
+    """
+    path = local_path(text)
+    return str(path) if text.startswith("~") or _FILE.match(text) else text
+
+
+def below(path: str | os.PathLike, root: str | os.PathLike) -> str | None:
+    """`path` relative to `root`, which a relative one is taken to be already; None when it does not lie under it.
+
+    Decided by the texts: symbolic links inside of the root may lead anywhere, `..` may not. An absolute path may name
+    the root as it was given or as it resolves.
+    """
+    text = os.path.normpath(path)
+    if not os.path.isabs(text):
+        return None if text.split(os.sep)[0] == os.pardir else text
+    given = os.path.abspath(root)
+    for base in (given, _resolved(given)):
+        if text == base or text.startswith(base.rstrip(os.sep) + os.sep):
+            return os.path.relpath(text, base)
+    return None
+
+
+@lru_cache
+def _resolved(root: str) -> str:
+    return os.path.realpath(root)  # a look at the disk for each folder of the path
