@@ -1,12 +1,14 @@
 """Starts worker scripts the way users start a run: `accelerate launch` with FSDP2, real processes, gloo."""
 
-import contextlib
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -32,24 +34,74 @@ def launch(
     port = str(get_free_port())
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment |= prepare_multi_gpu_env(options) | shared
-    with contextlib.ExitStack() as stack:
-        outs, errs = ([stack.enter_context(TemporaryFile("w+")) for _ in range(processes)] for _ in range(2))
+    start = _Forked if _surroundings() == _AT_FIRST else _started
+    with TemporaryDirectory() as folder:
+        files = [[Path(folder, f"{rank}.{kind}") for rank in range(processes)] for kind in ("out", "err")]
         ranks = []
-        for rank in range(processes):
+        for rank, (out, err) in enumerate(zip(*files, strict=True)):
             variables = {k: str(v) for k, v in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            started = [sys.executable, "-u", *command[command.index(str(ROOT / script)) :]]
-            ranks.append(subprocess.Popen(started, env=variables, cwd=ROOT, stdout=outs[rank], stderr=errs[rank]))
+            ranks.append(start(command[command.index(str(ROOT / script)) :], variables, out, err))
         code = _wait(ranks, timeout)
-        for file in (*outs, *errs):
-            file.seek(0)
-        said = ["".join(file.read() for file in files) for files in (outs, errs)]
+        said = ["".join(file.read_text() for file in kind if file.exists()) for kind in files]
     done = subprocess.CompletedProcess(command, code, *said)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
 
 
-def _wait(ranks: list[subprocess.Popen], timeout: float) -> int:
+def _surroundings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+# A test that sets variables for its launch may mean one that is read at an import: its ranks are started, not forked.
+_AT_FIRST = _surroundings()
+
+
+def _started(command: list[str], variables: dict[str, str], out: Path, err: Path) -> subprocess.Popen:
+    with out.open("w") as stdout, err.open("w") as stderr:
+        return subprocess.Popen([sys.executable, "-u", *command], env=variables, cwd=ROOT, stdout=stdout, stderr=stderr)
+
+
+@functools.cache
+def _preloaded() -> subprocess.Popen:
+    """The process that ranks are forked from, one a session; it ends when its input does, with this process."""
+    _, environment = command_and_environment("train.py")
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/support/workers/preloaded.py")],
+        **{"env": environment, "cwd": ROOT, "text": True, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
+    )
+
+
+class _Forked:
+    """A rank forked from `_preloaded`, with what `_wait` uses of a `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], variables: dict[str, str], out: Path, err: Path) -> None:
+        rank = {"script": command[0], "args": command[1:], "environment": variables, "folder": str(ROOT)}
+        self.pid = self._ask({"start": {**rank, "out": str(out), "err": str(err)}})
+        self.returncode: int | None = None
+
+    @staticmethod
+    def _ask(request: dict) -> int | None:
+        server = _preloaded()
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._ask({"poll": self.pid})
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.01)
+
+
+def _wait(ranks: list[subprocess.Popen | _Forked], timeout: float) -> int:
     """0 when all ranks end with it; else the first other status, and ranks that do not end by themselves are killed."""
     deadline = time.monotonic() + timeout
     try:

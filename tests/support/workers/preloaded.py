@@ -1,0 +1,50 @@
+"""A process that has paid the imports of a rank once and forks ranks from itself; spoken to by support/launching.py.
+
+Reads one JSON object a line: `{"start": {script, args, environment, folder, out, err}}`, answered by the rank's process
+id, or `{"poll": id}`, answered by its exit status (null while it runs; minus the signal's number if one ended it).
+A rank runs its script as `python -u script` does, on a process image in which only packages from outside this project
+are loaded: none of its own modules, no group of processes, no thread.
+"""
+
+import json
+import os
+import runpy
+import sys
+
+import accelerate  # noqa: F401  imported for the ranks
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401
+import transformers.models.auto.modeling_auto
+import transformers.models.llava_next.modeling_llava_next  # noqa: F401
+
+
+def serve() -> dict:
+    """Answers until its input ends; returns only in a forked rank, with what that has to run."""
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        if "start" in request:
+            answer = os.fork()
+            if answer == 0:
+                return request["start"]
+        else:
+            ended, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        print(json.dumps(answer), flush=True)
+    sys.exit()
+
+
+if __name__ == "__main__":
+    rank = serve()
+    for number, (path, flags) in enumerate(
+        [(os.devnull, os.O_RDONLY), (rank["out"], os.O_WRONLY | os.O_CREAT), (rank["err"], os.O_WRONLY | os.O_CREAT)]
+    ):
+        opened = os.open(path, flags | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdout.reconfigure(write_through=True)
+    os.chdir(rank["folder"])
+    os.environ.clear()
+    os.environ.update(rank["environment"])
+    sys.argv = [rank["script"], *rank["args"]]
+    sys.path[0] = os.path.dirname(rank["script"])
+    runpy.run_path(rank["script"], run_name="__main__")
