@@ -59,6 +59,8 @@ def say_last(text: str, status: int, on_all_ranks: bool = False, follows: bool =
             aside.write_text(json.dumps(Words(rank, status, text, follows)))
             os.replace(aside, folder / f"{rank}.json")
             return
+    elif LAUNCHER in os.environ:  # it was killed, or started this process by way of another
+        shutil.rmtree(os.environ[LAUNCHER].partition(":")[2], ignore_errors=True)
     if text and not (on_all_ranks and rank):
         print(text, file=sys.stderr if status else sys.stdout, flush=True)
 
