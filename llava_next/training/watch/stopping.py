@@ -103,7 +103,7 @@ class StopRequest:
             time.sleep(self.POLL)
             since = self._busy_since
             if since is not None and time.monotonic() - since > self._patience:
-                give_up(f"its launcher is gone and the running step does not end in {self._patience:.0f} s")
+                give_up(f"its launcher is gone and the running step does not end in {self._patience:g} s")
 
     def _watch_file(self) -> None:
         path = self._run_dir / STOP_FILE
