@@ -37,7 +37,7 @@ from llava_next.training.setup import (
 )
 from llava_next.training.validate import Validation
 from llava_next.training.watch.health import record_communication
-from llava_next.training.watch.launcher import say_last
+from llava_next.training.watch.launcher import say_last, time_limit
 from llava_next.training.watch.stopping import StoppedEarly, StopRequest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -68,7 +68,8 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(plan_banner(config, parts, mixture, options.as_if), flush=True)
-        for text in [*(f"changed    {change}" for change in changes), *(f"resume     {note}" for note in resume.notes)]:
+        noted = [*(f"changed    {change}" for change in changes), *(f"resume     {note}" for note in resume.notes)]
+        for text in [*noted, *time_limit(config.run_dir)]:
             print(text, flush=True)
     if options.dry_run:
         return

@@ -13,7 +13,7 @@ from llava_next.training.checkpoints.recovery import CheckpointError
 from llava_next.training.devices.agreement import RanksDisagree, RunStopped
 from llava_next.training.devices.parallel import end_process
 from llava_next.training.watch.launcher import launcher_folder, say_last
-from llava_next.training.watch.stopping import StoppedEarly
+from llava_next.training.watch.stopping import StoppedEarly, say_early
 
 # of gloo, NCCL and the rendezvous, when a process at the other end is gone
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "recvValue failed")
@@ -28,7 +28,7 @@ def fail(error: BaseException) -> NoReturn:
     """The end of a run by an error: one line where the user can do something, a traceback before it where not."""
     rank = os.environ.get("RANK", "0")
     if isinstance(error, StoppedEarly):
-        say_last(f"stopped by {error} while starting: nothing was begun, nothing is lost", 0, on_all_ranks=True)
+        say_early(str(error))
         end_process(0)
     lost = any(text in str(error) for text in LOST)
     if isinstance(error, (CheckpointError, RanksDisagree, LeaseHeld)) and not lost:

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +77,17 @@ def launcher_process() -> int | None:
     if LAUNCHER in os.environ:
         return int(os.environ[LAUNCHER].partition(":")[0])
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def time_limit(run_dir: str) -> list[str]:
+    """A line for people where the launcher will kill ranks that take long to save; none where it will not."""
+    release = tuple(int(number) for number in version("torch").split(".")[:2])
+    if "TORCHELASTIC_RUN_ID" not in os.environ or (launcher_folder() is not None and release >= (2, 12)):
+        return []
+    cure = f"install torch 2.12 or newer, not {version('torch')}"
+    if launcher_folder() is None:
+        cure = "`pip install -e .` in this project lets it wait"
+    return [f"launcher   it kills ranks 30 s after a signal to stop ({cure}); `touch {run_dir}/stop` has no limit"]
 
 
 def join():

@@ -25,7 +25,8 @@ class StopRequest:
     """Notes that this rank was asked to stop; the loop tells the others and saves. A context of the main thread.
 
     Until `begin` a signal raises StoppedEarly where the program stands. Afterwards it only sets `reason`; a second one
-    ends the process at once.
+    ends the process at once. A thread counts them: the main one may be waiting for other ranks in C++, where no Python
+    handler runs.
 
     A launcher passes signals on to its ranks. When it is killed itself its ranks, which have sessions of their own,
     would go on without anybody who could see or stop them, so its end is a request to stop as well.
@@ -33,15 +34,20 @@ class StopRequest:
 
     ECHO = 2.0  # seconds: a signal may reach a rank twice, from a scheduler and passed on by the launcher
     POLL = 1.0  # seconds between looks at the launcher and the file
+    START = 10.0  # seconds that StoppedEarly may take to end a start
 
     def __init__(self):
         self.reason = ""
         self._asked_at: float | None = None
-        self._begun, self._run_dir, self._say = False, None, None
+        self._begun, self._closed, self._run_dir, self._say = False, False, None, None
         self._launcher = launcher_process()
         self._busy_since: float | None = None
         self._patience = float("inf")
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._count_signals, name="signals", daemon=True).start()
         if self._launcher is not None:
             threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
 
@@ -49,8 +55,11 @@ class StopRequest:
         return self
 
     def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._closed = True
+        os.close(self._writer)  # ends the thread that counts
 
     @property
     def asked(self) -> bool:
@@ -85,21 +94,35 @@ class StopRequest:
     def _on_signal(self, number, frame) -> None:
         if not self._begun:
             raise StoppedEarly(signal.Signals(number).name)
+
+    def _count_signals(self) -> None:
+        while numbers := os.read(self._reader, 64):
+            for number in filter(SIGNALS.__contains__, numbers):
+                self._count(number)
+        os.close(self._reader)
+
+    def _count(self, number: int) -> None:
         if self._asked_at is None:
             self.ask(signal.Signals(number).name)
+            if not self._begun:
+                threading.Thread(target=self._end_start, name="start", daemon=True).start()
         elif time.monotonic() - self._asked_at > self.ECHO:
             os._exit(128 + number)
+
+    def _end_start(self) -> None:
+        time.sleep(self.START)
+        if not self._begun and not self._closed:  # it waits for other ranks
+            release_all()
+            say_early(self.reason)
+            os._exit(0)
 
     def _watch_launcher(self) -> None:
         while os.getppid() == self._launcher:
             time.sleep(self.POLL)
         if not self._begun:
             os.kill(os.getpid(), signal.SIGTERM)  # raises in the main thread
-            time.sleep(10)
-            if not self._begun:  # it waits for ranks that are gone
-                give_up("its launcher is gone; nothing was begun")
         self.ask("its launcher is gone")
-        while True:
+        while not self._closed:
             time.sleep(self.POLL)
             since = self._busy_since
             if since is not None and time.monotonic() - since > self._patience:
@@ -114,6 +137,11 @@ class StopRequest:
             if _removed(path):
                 self.ask(f"{path}, now removed")
         self._say(f"asked to stop ({self.reason}): the running step is finished and saved, nothing else is begun")
+
+
+def say_early(reason: str) -> None:
+    """The last words of a rank that was stopped before there was anything to save."""
+    say_last(f"stopped by {reason} while starting: nothing was begun, nothing is lost", 0, on_all_ranks=True)
 
 
 def _removed(path: Path) -> bool:
