@@ -10,21 +10,25 @@ with `--as_if 8xh100-80g` it is the plan for that machine.
 import json
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from llava_next.data.loading.loader import start_worker_server
-from llava_next.model.folders.export import save_model
 from llava_next.training.banner import plan_banner
+from llava_next.training.checkpoints.exports import COMPANIONS, export_model
 from llava_next.training.checkpoints.holding import hold_run
-from llava_next.training.checkpoints.recovery import Resume, find_resume, resume_command, run_facts
+from llava_next.training.checkpoints.recovery import Resume, find_resume, resume_command
+from llava_next.training.checkpoints.same_run import run_facts
 from llava_next.training.checkpoints.saving import Checkpoints
+from llava_next.training.checkpoints.verifying import verified
 from llava_next.training.devices.agreement import same_on_all_ranks
 from llava_next.training.devices.launch import check_launch
 from llava_next.training.devices.parallel import build_accelerator, finish
 from llava_next.training.ending import fail, refuse
 from llava_next.training.loop import Trainer
+from llava_next.training.readiness import check_ready, keep_companions
 from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
 from llava_next.training.setup import (
     build_model,
@@ -39,6 +43,7 @@ from llava_next.training.validate import Validation
 from llava_next.training.watch.health import record_communication
 from llava_next.training.watch.launcher import say_last, time_limit
 from llava_next.training.watch.stopping import StoppedEarly, StopRequest
+from llava_next.training.watch.trackers import start_trackers
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -60,16 +65,17 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         mixture = open_mixture(config, parts)
         validation = Validation(config, parts) if config.data.validation else None
         resume = find_resume(config)
-        changes = mixture.resume(resume.state, config.data.allow_changed_plan) if resume.path else []
+        if resume.path:
+            resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
         if not options.dry_run:
             check_launch(lambda: empty_model(parts))
+            resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:
         refuse(error)
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(plan_banner(config, parts, mixture, options.as_if), flush=True)
-        noted = [*(f"changed    {change}" for change in changes), *(f"resume     {note}" for note in resume.notes)]
-        for text in [*noted, *time_limit(config.run_dir)]:
+        for text in [*(f"note       {note}" for note in resume.notes), *time_limit(config.run_dir)]:
             print(text, flush=True)
     if options.dry_run:
         return
@@ -87,12 +93,14 @@ def train(config: RunConfig, options: Options, parts, mixture, validation, resum
     same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))
     same_on_all_ranks("checkpoints", str(resume.state["step"]))
     hold_run(config, resume, options.take_over)  # one run at a time; nothing was written yet
-    resume.prepare(run_dir)
-    if accelerator.is_main_process:
-        save_run(config, run_dir / "config.yaml")
+    replan = partial(mixture.resume, allow_changed_plan=config.data.allow_changed_plan)
+    resume = verified(config, resume, replan, accelerator.print)
+    resume.prepare(run_dir, lambda: (save_run(config, run_dir / "config.yaml"), keep_companions(config, parts)))
+    start_trackers(config, accelerator, accelerator.print)
 
     model, optimizer = build_model(config, accelerator)
     journal = open_journal(config, accelerator, parts, mixture, resume.state["step"])
+    journal.changed(resume.notes)
     checkpoints = Checkpoints(
         resume.folder, model, optimizer.optimizer, config.checkpoint, run_facts(config), resume.mirror, journal.say
     )
@@ -119,9 +127,8 @@ def train(config: RunConfig, options: Options, parts, mixture, validation, resum
         say_last(f"stopped after step {trainer.step}; to continue:\n{how_to_go_on}", 0, on_all_ranks=True)
         finish(accelerator)
 
-    save_model(model, run_dir / "model", config.model, is_main_process=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        report_export(run_dir / "model", config.data.keep_template)
+    check = partial(report_export, keep_template=config.data.keep_template)
+    export_model(model, run_dir / "model", run_dir / COMPANIONS, resume.folder, check)
     say_last("", 0)
     finish(accelerator)
 

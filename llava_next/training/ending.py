@@ -14,6 +14,7 @@ from llava_next.training.devices.agreement import RanksDisagree, RunStopped
 from llava_next.training.devices.parallel import end_process
 from llava_next.training.watch.launcher import launcher_folder, say_last
 from llava_next.training.watch.stopping import StoppedEarly, say_early
+from llava_next.training.watch.trackers import TrackerError
 
 # of gloo, NCCL and the rendezvous, when a process at the other end is gone
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "recvValue failed")
@@ -31,7 +32,7 @@ def fail(error: BaseException) -> NoReturn:
         say_early(str(error))
         end_process(0)
     lost = any(text in str(error) for text in LOST)
-    if isinstance(error, (CheckpointError, RanksDisagree, LeaseHeld)) and not lost:
+    if isinstance(error, (CheckpointError, RanksDisagree, LeaseHeld, TrackerError)) and not lost:
         say_and_exit(f"error: {error}", on_all_ranks=True)
     if isinstance(error, (StorageError, RunStopped)):
         say_and_exit(f"error on rank {rank}: {error}", follows="another rank" in str(error))

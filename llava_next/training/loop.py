@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from llava_next.data.loading.feed import Feed
 from llava_next.data.plan.mixture import Mixture
-from llava_next.model.folders.export import save_model
+from llava_next.training.checkpoints.exports import COMPANIONS, export_model
 from llava_next.training.checkpoints.saving import Checkpoints
 from llava_next.training.devices.agreement import RunStopped, StepCounts, any_rank, slot_weights, take_step
 from llava_next.training.recipe.config import RunConfig
@@ -298,6 +298,6 @@ class Trainer:
         folder = self.run_dir / f"model-step-{self.step}"
         if self.step == self._unchanged[0] and folder.exists():  # written before the run was stopped
             return True
-        save_model(self.model, folder, self.config.model, is_main_process=self.accelerator.is_main_process)
+        export_model(self.model, folder, self.run_dir / COMPANIONS, self.checkpoints.folder)
         self.journal.say(f"model after step {self.step} written to {folder}")
         return True

@@ -161,6 +161,11 @@ def open_journal(
     return Journal(config, accelerator, mixture, Progress(last_step, start_step), flops, peak)
 
 
+def excused_checks(keep_template: bool) -> tuple[str, ...]:
+    """Names of the checks that a folder with a chat template of its own need not pass."""
+    return TEMPLATE_CHECKS if keep_template else ()
+
+
 def report_export(folder: Path, keep_template: bool = False) -> None:
     """Checks a model folder just written and prints what was found.
 
@@ -168,14 +173,17 @@ def report_export(folder: Path, keep_template: bool = False) -> None:
         keep_template: the folder has a chat template of its own: what differs from the training's is printed only.
 
     Raises:
-        RuntimeError: the folder would not load or answer as trained.
+        ValueError: the folder would not load or answer as trained.
     """
     findings = check_folder(folder)
     for finding in findings:
         if not finding.ok:
             print(finding, flush=True)
-    excused = TEMPLATE_CHECKS if keep_template else ()
+    excused = excused_checks(keep_template)
     failed = [finding for finding in findings if not finding.ok and finding.check not in excused]
     if failed:
-        raise RuntimeError(f"{folder} was written but fails {len(failed)} of {len(findings)} checks, see above")
+        raise ValueError(
+            f"{folder} was written but fails {len(failed)} of {len(findings)} checks, see above: mend the files that "
+            "they name, then see scripts/check_export.py"
+        )
     print(f"model written to {folder}; {len(findings)} checks made", flush=True)

@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
 
 from llava_next.training.recipe.config import RunConfig, Source
-from llava_next.training.watch.journal import Journal, flat
-from llava_next.training.watch.metrics import JsonLines, Progress
+from llava_next.training.watch.journal import Journal
+from llava_next.training.watch.metrics import JsonLines, Progress, flat
+from llava_next.training.watch.trackers import start_trackers
 from support.runs import read_lines
 
 
@@ -69,7 +70,9 @@ def start(tmp_path, monkeypatch):
         config = RunConfig(run_dir=str(tmp_path / "run"), **options)
         config.data.sources = [Source("shards")]
         (tmp_path / "run").mkdir(exist_ok=True)
-        return Journal(config, Accelerator(cpu=True), None, Progress(10, done))
+        accelerator = Accelerator(cpu=True)
+        start_trackers(config, accelerator)
+        return Journal(config, accelerator, None, Progress(10, done))
 
     def reset():
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -196,7 +196,10 @@ def _keep(context, operation, *args, **kwargs) -> CheckpointPolicy:
 def finish(accelerator: Accelerator) -> NoReturn:
     """Ends this process with exit status 0, all ranks together, when nothing is left to do."""
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    try:
+        accelerator.end_training()
+    except Exception as error:  # a tracker's: all is done and written
+        print(f"warning: a tracker could not be ended ({error}); metrics.jsonl is whole", flush=True)
     end_process(0)
 
 

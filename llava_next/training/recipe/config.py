@@ -170,6 +170,7 @@ class RunConfig:
         max_steps: stop after this many steps although the schedule goes on; null runs to the end.
         log_every: steps between console lines.
         log_with: trackers besides metrics.jsonl: wandb (offline with WANDB_MODE=offline), tensorboard.
+        log_required: end the run before it begins when one of them cannot be reached; otherwise it goes on without.
         hang_seconds: a rank that finishes no step for so long writes the stacks of all its threads to the run folder.
     """
 
@@ -187,6 +188,7 @@ class RunConfig:
     max_steps: int | None = None
     log_every: int = 10
     log_with: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    log_required: bool = False
     hang_seconds: float = 600.0
 
 

@@ -1,6 +1,7 @@
 """What a run says about itself, and what keeps it alive.
 
-journal.py: metrics.jsonl, trackers and console
+journal.py: metrics.jsonl and console, and numbers for the trackers
+trackers.py: wandb and tensorboard, which may fail
 metrics.py: lines and numbers of it
 timing.py: seconds of the parts of a step
 health.py: skipped updates, heartbeats, garbage collection

@@ -22,9 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from llava_next.training.checkpoints import recovery
-from llava_next.training.checkpoints.recovery import checkpoint_name, find_resume, run_facts
+from llava_next.training.checkpoints.recovery import checkpoint_name, find_resume
+from llava_next.training.checkpoints.same_run import run_facts
 from llava_next.training.checkpoints.saving import Checkpoints
 from llava_next.training.checkpoints.sharded import Layout
+from llava_next.training.checkpoints.verifying import verified
 from llava_next.training.recipe.config import CheckpointConfig, RunConfig
 from llava_next.training.watch.metrics import JsonLines
 
@@ -80,10 +82,11 @@ def train(job: dict, rank: int) -> dict:
         run_dir.mkdir(parents=True, exist_ok=True)
     options = CheckpointConfig(**{name: job[name] for name in OPTIONS if name in job})
     config = RunConfig(model=str(folder / "base"), run_dir=str(run_dir), checkpoint=options)
-    resume = find_resume(config)
+    said = []
+    resume = verified(config, find_resume(config), lambda state: [], said.append)
     resume.prepare(run_dir)
     model, optimizer = build(width, world)
-    said, begun = [], resume.state["step"]
+    begun = resume.state["step"]
     checkpoints = Checkpoints(resume.folder, model, optimizer, options, run_facts(config), resume.mirror, said.append)
     if resume.path:
         checkpoints.load(resume.path)
