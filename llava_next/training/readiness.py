@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from llava_next.data.plan.mixture import Mixture
 from llava_next.model.folders.export import replace_folder
-from llava_next.model.folders.starting import check_weights, make_companions
+from llava_next.model.folders.starting import check_weights, make_companions, must_be_anew
 from llava_next.training.checkpoints.exports import COMPANIONS
 from llava_next.training.checkpoints.recovery import LEFTOVERS, Resume, complete_checkpoints
 from llava_next.training.forecast.budget import units
@@ -23,7 +22,7 @@ from llava_next.training.watch.metrics import si
 
 
 def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume) -> list[str]:
-    """Looks for everything that would end the run late. Writes nothing.
+    """Looks for everything that would end the run late. Writes nothing to the run folder.
 
     Returns:
         What a person should know, one a line.
@@ -39,28 +38,24 @@ def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resum
     if os.path.ismount(result) or result.is_file():
         raise ValueError(f"run_dir: the result cannot be put at {result}, which is no plain folder; move it away")
     check_weights(config.model)
-    with TemporaryDirectory() as folder:
-        made = result_companions(config, parts, Path(folder) / COMPANIONS)
+    keep = config.data.keep_template
+    model = (parts.model_config, parts.encoder.tokenizer)
+    parts.made = must_be_anew(config.model, *model, excused=excused_checks(keep), keep_template=keep)
     check_room(config, parts, mixture, resume)
-    if not made:
+    if not parts.made:
         return []
-    return [f"{config.model}: made for the result, as all releases read it: {', '.join(made)}"]
+    return [f"{config.model}: written anew for the result, as every release reads it: {', '.join(parts.made)}"]
 
 
-def result_companions(config: RunConfig, parts: Parts, folder: Path) -> list[str]:
-    """Writes what goes beside the result's weights to a new folder; see `make_companions`."""
-    excused = excused_checks(config.data.keep_template)
-    return make_companions(config.model, folder, parts.model_config, parts.encoder.tokenizer, excused)
-
-
-def keep_companions(config: RunConfig, parts: Parts) -> Path:
-    """The same in the run folder, where no later change of the start model's folder reaches it."""
+def keep_companions(config: RunConfig, parts: Parts) -> None:
+    """Puts what goes beside the result's weights into the run folder, where no later change of the start model reaches
+    it. Comes after `check_ready`."""
     folder = Path(config.run_dir) / COMPANIONS
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    result_companions(config, parts, aside)
+    model = (parts.model_config, parts.encoder.tokenizer)
+    make_companions(config.model, aside, *model, anew=bool(parts.made), keep_template=config.data.keep_template)
     replace_folder(aside, folder, folder.with_name(folder.name + ".old"))
-    return folder
 
 
 def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume) -> None:

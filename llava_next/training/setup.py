@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,12 +39,18 @@ TEMPLATE_CHECKS = ("chat template", "chats", "terminator")
 
 @dataclass
 class Parts:
-    """What a run needs beside weights: the model's config and how its samples are encoded."""
+    """What a run needs beside weights: the model's config and how its samples are encoded.
+
+    Args:
+        made: of the files beside the result's weights, what cannot be copied from the start model, by name of the
+            check that it failed (see `readiness.check_ready`).
+    """
 
     model_config: object
     anyres: AnyRes
     encoder: Encoder
     fingerprint: str
+    made: list[str] = field(default_factory=list)
 
 
 def load_parts(config: RunConfig) -> Parts:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, LlavaNextConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils import logging
 
 from llava_next.anyres import AnyRes
 from llava_next.model.folders.export import INDEX_NAME, file_key
@@ -66,17 +67,20 @@ def check_folder(folder: str | Path, names: Collection[str] | None = None) -> li
         One finding for each check, in a fixed order. A check that cannot run, for example because a file is not
         there, has failed.
     """
-    subject = ModelFolder(Path(folder))
-    findings = []
-    for name, check in CHECKS.items():
-        if names is not None and name not in names:
-            continue
-        try:
-            findings.append(Finding(name, True, check(subject)))
-        except Exception as error:  # whatever a damaged folder makes the libraries raise is a finding
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            findings.append(Finding(name, False, kind + " ".join(str(error).split())))
-    return findings
+    subject, verbosity = ModelFolder(Path(folder)), logging.get_verbosity()
+    logging.set_verbosity_error()  # a warning of a library about a folder is no finding
+    try:
+        return [_finding(subject, name) for name in CHECKS if names is None or name in names]
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _finding(subject: ModelFolder, name: str) -> Finding:
+    try:
+        return Finding(name, True, CHECKS[name](subject))
+    except Exception as error:  # whatever a damaged folder makes the libraries raise is a finding
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return Finding(name, False, kind + " ".join(str(error).split()))
 
 
 class ModelFolder:

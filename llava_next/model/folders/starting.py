@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
 from transformers import LlavaNextConfig, PreTrainedTokenizerBase
 
-from llava_next.model.folders.check import CHECKS, Finding, ModelFolder, check_folder
+from llava_next.model.folders.check import CHECKS, ModelFolder, check_folder
 from llava_next.model.folders.companions import copy_companions, write_companions
 from llava_next.model.folders.export import file_key, write_config
 
@@ -57,6 +58,8 @@ def check_weights(path: str | Path) -> None:
 
 def _own_key(key: str) -> str:
     """The llava-hf key of a tensor under one of the names that transformers has saved it by."""
+    if key.startswith("language_model."):  # as it is in the layout
+        return key
     with suppress(ValueError):
         return file_key(key)
     return key
@@ -77,40 +80,52 @@ def make_companions(
     out: Path,
     config: LlavaNextConfig,
     tokenizer: PreTrainedTokenizerBase,
-    excused: Collection[str] = (),
-) -> list[str]:
-    """Everything of the result beside its weights: copied from the folder that training starts with, what is missing
-    or not readable everywhere written anew.
+    anew: bool = False,
+    keep_template: bool = False,
+) -> None:
+    """Everything of the result beside its weights, config.json included: copied from the folder that training starts
+    with, or written as every release reads it.
 
     Args:
-        out: new folder; has a config.json afterwards too.
+        out: new folder.
         config, tokenizer: of the model, as loaded from `source`.
-        excused: checks that need not pass, for a folder that keeps a chat template of its own.
-
-    Returns:
-        Names of the checks that the copied files failed and those written pass; empty: all were copied as they are.
-
-    Raises:
-        ValueError: something cannot be made from what the folder has.
+        anew: write what can be written, over what is copied.
+        keep_template: the folder has a chat template of its own, which says how generation ends.
     """
     out.mkdir(parents=True)
     copy_companions(source, out)
     write_config(config, out, torch.bfloat16)
-    failed = _failed(out, excused)
-    if not failed:
-        return []
-    if tokenizer.chat_template:
+    if anew and tokenizer.chat_template:
         write_companions(config, tokenizer, tokenizer.chat_template, out)
-        if "terminator" in excused and (generation := Path(source) / "generation_config.json").exists():
+        if keep_template and (generation := Path(source) / "generation_config.json").exists():
             shutil.copyfile(generation, out / generation.name)
-    if left := _failed(out, excused):
-        raise ValueError(
-            f"model: what training makes of {source} could not be used: {left[0].check}: "
-            f"{left[0].text.replace(f'{out}/', '')}. Mend that in the folder, or compose it again"
-        )
-    return [finding.check for finding in failed]
 
 
-def _failed(folder: Path, excused: Collection[str]) -> list[Finding]:
-    checks = [name for name in CHECKS if name not in (*WEIGHT_CHECKS, *excused)]
-    return [finding for finding in check_folder(folder, checks) if not finding.ok]
+def must_be_anew(source: str | Path, *model, excused: Collection[str] = (), keep_template: bool = False) -> list[str]:
+    """What the companions of `source` lack, if they can be made so that the result is whole.
+
+    Args:
+        model: config and tokenizer, see `make_companions`.
+        excused: checks that need not pass.
+
+    Returns:
+        Names of the checks that the copied files fail and those written pass; empty: all can be copied.
+
+    Raises:
+        ValueError: something cannot be made from what the folder has.
+    """
+    names = [name for name in CHECKS if name not in (*WEIGHT_CHECKS, *excused)]
+    failed = []
+    with TemporaryDirectory() as folder:
+        for anew in (False, True):
+            out = Path(folder) / ("anew" if anew else "copied")
+            make_companions(source, out, *model, anew=anew, keep_template=keep_template)
+            found = [finding for finding in check_folder(out, names) if not finding.ok]
+            if not found:
+                return failed
+            failed = failed or [finding.check for finding in found]
+    text = found[0].text.replace(f"{out}/", "")
+    raise ValueError(
+        f"model: what training makes of {source} could not be used: {found[0].check}: {text}. Mend that in the folder, "
+        "or compose it again"
+    )

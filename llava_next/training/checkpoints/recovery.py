@@ -226,7 +226,7 @@ def find_resume(config: RunConfig, damaged: Sequence[Path] = ()) -> Resume:
         resume.path, resume.manifest = found, read_manifest(found)
     elif resume.damaged:
         raise ValueError(
-            f"no checkpoint in {folder} is whole ({', '.join(p.name for p in resume.damaged)}); restore the missing "
+            f"no checkpoint in {folder} is whole ({', '.join(p.name for p in resume.damaged)}); restore their "
             "files, or move these folders away to start anew"
         )
     if resume.path:

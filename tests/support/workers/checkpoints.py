@@ -3,7 +3,7 @@
 Reads one JSON job a line from standard input and answers each with one JSON line. The modules are imported once; every
 job forks `world` processes that train from the newest checkpoint to `steps`; with `kill_after` they are killed so many
 seconds after their first step. Keys of a job: world, folder, steps, every, and optionally kill_after, `OPTIONS` of
-CheckpointConfig, width (of the layers), pause (seconds a step), fault (see `apply_fault`), environment (variables).
+CheckpointConfig, width (of the layers), pause (seconds a step), export (`full`: to a full disk), fault (see `apply_fault`), environment (variables).
 """
 
 import hashlib
@@ -17,11 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from llava_next.model.folders import export
 from llava_next.training.checkpoints import recovery
+from llava_next.training.checkpoints.exports import export_model
 from llava_next.training.checkpoints.recovery import checkpoint_name, find_resume
 from llava_next.training.checkpoints.same_run import run_facts
 from llava_next.training.checkpoints.saving import Checkpoints
@@ -74,6 +77,12 @@ def apply_fault(fault: str, checkpoints: Checkpoints, rank: int, step: int) -> N
             os.setuid(65534)  # root may write anywhere
 
 
+def full_disk(tensors: dict, path: Path, **_) -> None:
+    """What safetensors does when the disk is full."""
+    path.write_bytes(b"half of it")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 def train(job: dict, rank: int) -> dict:
     folder, world, width = Path(job["folder"]), job["world"], job.get("width", 32)
     run_dir = folder
@@ -108,6 +117,10 @@ def train(job: dict, rank: int) -> dict:
             checkpoints.save(step + 1, {"step": step + 1, "counters": {}})
             waited += checkpoints.take_stalled()
     checkpoints.close()
+    if job.get("export") == "full":
+        export.save_file = full_disk
+        export.write_config = export.file_key = lambda *arguments: "any"
+        export_model(model, run_dir / "model", folder / "base", checkpoints.folder)
     weights = [p.detach().full_tensor().numpy().tobytes() for p in model.parameters()]
     digest = hashlib.sha256(b"".join(weights)).hexdigest()
     return {"digest": digest, "begun": begun, "waited": waited, "random": random_before, "said": said}
