@@ -183,7 +183,7 @@ def test_folder_with_a_template_of_its_own_trains_when_asked_and_keeps_it(demo, 
     monkeypatch.setattr(sys, "argv", [*arguments, "--data.keep_template", "true"])
     finetune.main(None)
     assert "template mistral" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match=r"fails \d of 10 checks"):
+    with pytest.raises(ValueError, match=r"fails \d of 10 checks"):
         report_export(folder)
     report_export(folder, keep_template=True)
 

@@ -3,7 +3,8 @@
 Reads one JSON job a line from standard input and answers each with one JSON line. The modules are imported once; every
 job forks `world` processes that train from the newest checkpoint to `steps`; with `kill_after` they are killed so many
 seconds after their first step. Keys of a job: world, folder, steps, every, and optionally kill_after, `OPTIONS` of
-CheckpointConfig, width (of the layers), pause (seconds a step), export (`full`: to a full disk), fault (see `apply_fault`), environment (variables).
+CheckpointConfig, width (of the layers), pause (seconds a step), fault (see `apply_fault`), environment (variables),
+export (`full`: the end writes a model to a full disk).
 """
 
 import hashlib
