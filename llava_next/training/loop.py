@@ -240,7 +240,8 @@ class Trainer:
             self.checkpoints.wait()
             raise RunStopped(
                 f"{self.counters['holes']} of {seen} samples could not be used, more than data.max_skip_share "
-                f"{self.config.data.max_skip_share}; see {self.run_dir}/skipped*.jsonl for each one's reason"
+                f"{self.config.data.max_skip_share}; see {self.run_dir}/skipped*.jsonl for each one's reason. "
+                "Mend the data, or raise that share, and start again"
             )
         last, checkpoint = self.step == self.last_step, self.config.checkpoint
         wanted = {

@@ -69,12 +69,14 @@ def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume
     sizes, options = units(model).whole, config.checkpoint
     checkpoint, result = 12 * sizes.trainable, 2 * sizes.parameters  # as in `banner.size_lines`
     last = min(mixture.total_steps, config.max_steps or mixture.total_steps)
-    steps = max(0, last - resume.state["step"])
+    done = resume.state["step"]
     there = len(complete_checkpoints(resume.folder))
-    saves = (steps // options.every if options.every else 0) + 1 if steps else 0
+    every = options.every or last + 1
+    saves = last // every - done // every + bool(last % every) if done < last else 0
     kept = max(0, min(there + saves, options.keep_last) - there)  # more than now, at the end
     most = max(kept, min(there + saves, options.keep_last + 1) - there, int(saves > 0))  # the oldest goes last
-    exports = (steps - 1) // options.export_every if options.export_every and steps else 0
+    every = options.export_every or last + 1
+    exports = max(0, (last - 1) // every - done // every)
     run_dir = Path(config.run_dir)
     if _device(run_dir) == _device(resume.folder):
         places = [(run_dir, exports * result + max(most * checkpoint, kept * checkpoint + result))]

@@ -103,7 +103,10 @@ class Mixture:
         self._starts = np.cumsum([0, *(info.samples for info in self.infos)])
         self.samples_per_epoch = sum(source.epoch_samples for source in self.plan_sources)
         if not self.samples_per_epoch:
-            raise ValueError(f"no samples to train on in {[storage.label for storage in self.storages]}")
+            raise ValueError(
+                f"no samples to train on in {[storage.label for storage in self.storages]}: raise repeat, or build "
+                "them from other input"
+            )
         self.steps_per_epoch = num_steps(self.samples_per_epoch, batch_size)
         self.exact_lengths, self.num_too_long = self._survey()
         self._order = lru_cache(maxsize=2)(self._order_of)

@@ -198,7 +198,7 @@ def check_shapes(f: ModelFolder) -> str:
     for key, (file, shape, _) in f.tensors.items():
         if shape != f.shapes.get(key, shape):
             raise ValueError(
-                f"{file}: {key} is {shape}, config.json asks for {f.shapes[key]}: they come from different models"
+                f"{file}: {key} is {shape}, config.json asks for {f.shapes[key]}: take both from one model"
             )
     return f"{sum(torch.Size(shape).numel() for _, shape, _ in f.tensors.values()):,} parameters"
 
@@ -250,7 +250,9 @@ def check_processor(f: ModelFolder) -> str:
     if [list(p) for p in f.processor.image_processor.image_grid_pinpoints] != due["preprocessor_config.json"][
         "image_grid_pinpoints"
     ]:
-        raise ValueError("processor_config.json: holds other image_grid_pinpoints than preprocessor_config.json")
+        raise ValueError(
+            "processor_config.json: holds other image_grid_pinpoints than preprocessor_config.json: remove them there"
+        )
     return f"{size} px tiles of {vision.patch_size} px patches, {len(config.image_grid_pinpoints)} canvases, {strategy}"
 
 

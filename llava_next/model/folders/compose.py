@@ -179,7 +179,7 @@ def compose_config(
     if pinpoints is None:
         known = {336: ORIGINAL_336, 384: ORIGINAL_384}
         if vision.image_size not in known:
-            raise ValueError(f"no published pinpoints for {vision.image_size} px tiles; give them")
+            raise ValueError(f"no published pinpoints for {vision.image_size} px tiles; give them (--pinpoints)")
         pinpoints = known[vision.image_size]
     anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints)
     rows = max(llm.vocab_size, len(tokenizer))
@@ -225,7 +225,7 @@ def source_of_keys(config: LlavaNextConfig, vision: Part, llm: Part) -> dict[str
         if key in shapes and not _fits(part.weights.shapes[name], shapes[key], key):
             raise ValueError(
                 f"{part.weights.label}: {name} is {tuple(part.weights.shapes[name])}, but its config.json asks for "
-                f"{tuple(shapes[key])}; weights and config are of two models"
+                f"{tuple(shapes[key])}; weights and config are of two models: fetch both from one"
             )
     new = {key for key in shapes if key.startswith(("multi_modal_projector.", "image_newline"))}
     # sources first and in their files' order, so that every file is opened once

@@ -165,7 +165,7 @@ def save_model(
             if companions is not None:
                 copy_companions(companions, aside)
             replace_folder(aside, folder, old)
-    except BaseException:
+    except Exception:
         if is_main_process:
             shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # a full disk needs the room
         raise

@@ -96,7 +96,10 @@ def check_format(manifest: dict, where: str) -> None:
     """Raises ValueError when another release wrote the manifest."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise ValueError(f"{where}: checkpoint format {found}, this release reads {FORMAT}")
+        raise ValueError(
+            f"{where}: checkpoint format {found}, this release reads {FORMAT}; continue "
+            "with the release that wrote it, or start anew in another run_dir"
+        )
 
 
 @dataclass
@@ -148,7 +151,9 @@ class Resume:
                 mark.touch()
         except (OSError, ValueError) as error:
             failed += 1
-            raise CheckpointError(f"{self.folder} cannot be put in order: {error}") from error
+            raise CheckpointError(
+                f"{self.folder} cannot be put in order: {error}. See that it can be written, or give another place"
+            ) from error
         finally:
             agree(failed)
         if failed:
