@@ -18,7 +18,7 @@ import sys
 import time
 
 from building.cutting import SYSTEM_CHOICES, Cutter, add_geometry_arguments, geometry, model_template
-from building.inputs import add_input_arguments, check_expected, list_input
+from building.inputs import Listing, add_input_arguments, check_expected, list_input
 from building.jobs import Job, Output, Plan, build_missing, check_share, common_reasons, finish
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.shards import CODECS
@@ -82,6 +82,14 @@ def build(options: argparse.Namespace) -> None:
     if output.is_complete(plan):
         print(f"{options.out} is complete already and was built from this input with these arguments; nothing to do")
         return
+    with output.hold(*options.part, options.take_over):
+        build_held(options, output, plan, listing, cutter, started)
+
+
+def build_held(
+    options: argparse.Namespace, output: Output, plan: Plan, listing: Listing, cutter: Cutter, started: float
+) -> None:
+    """The build, in a place that nobody else builds in. Raises ValueError."""
     output.begin(plan)
     part, parts = options.part
     numbers = list(range(plan.num_shards))[part - 1 :: parts]
@@ -106,7 +114,9 @@ def merge(options: argparse.Namespace) -> None:
     """Makes the data set of the parts that were built. Raises ValueError."""
     started = time.monotonic()
     output = Output(options.out)
-    info, rejected = finish(output, output.plan(), options.max_rejected_share)
+    plan = output.plan()
+    with output.hold(take_over=options.take_over):
+        info, rejected = finish(output, plan, options.max_rejected_share)
     summarise(info, options.out, rejected, time.monotonic() - started)
 
 
@@ -150,6 +160,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--part", default="1/1", help="i/n: build every n-th shard only, from the i-th; then --merge")
     add("--merge", action="store_true", help="join the parts that lie in --out")
+    add("--take_over", action="store_true", help="end another build that holds --out")
     options = parser.parse_args(arguments)
     for name, least in (("quality", 1), ("shard_samples", 1), ("seed", 0), ("workers", 0)):
         if getattr(options, name) < least:

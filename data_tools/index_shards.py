@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from building.cutting import add_geometry_arguments, check_images, check_text, geometry
-from building.jobs import REPORT_FILE
+from building.jobs import REPORT_FILE, hold
 from building.progress import Progress, worker_pool
 from building.shard_walk import Found, Stream, samples_in, shard_files
 from llava_next.anyres import AnyRes
@@ -33,7 +33,7 @@ from llava_next.data.format.index import ROW_SCHEMA
 from llava_next.data.format.pictures import open_picture
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
-from llava_next.data.format.writer import finish_replacing, index_row, text_tokens_field, write_dataset
+from llava_next.data.format.writer import NEXT_FILE, finish_replacing, index_row, text_tokens_field, write_dataset
 from llava_next.data.storage.client import Storage
 
 
@@ -172,6 +172,17 @@ def check_problems(problems: list[dict], seen: int, max_share: float, storage: S
         )
 
 
+def write(options: argparse.Namespace, storage: Storage) -> None:
+    """What is missing there: the rest of a change that was cut short, the index, text lengths. Raises ValueError."""
+    finish_replacing(storage)
+    if not storage.exists(DATASET_FILE):
+        index(options, storage)
+    elif options.tokenizers:
+        from building.adding_lengths import add_lengths
+
+        add_lengths(storage, options.tokenizers, options.workers)
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,6 +193,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--source", help="name for the source of all samples (default: what each names)")
     add("--allow_text_image_token", action="store_true", help="without a picture, <image> in a question is characters")
     add("--max_rejected_share", type=float, default=0.05, help="of the samples (default: %(default)s)")
+    add("--take_over", action="store_true", help="end another process that indexes there")
     add("--workers", type=int, default=os.cpu_count(), help="processes; 0: none (default: the number of CPUs)")
     options = parser.parse_args(arguments)
     options.tokenizers = tuple(options.tokenizer)
@@ -192,16 +204,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     try:
         storage = Storage(options.url)
-        finish_replacing(storage)
-        if not storage.exists(DATASET_FILE):
-            index(options, storage)
-        elif options.tokenizers:
-            from building.adding_lengths import add_lengths
-
-            add_lengths(storage, options.tokenizers, options.workers)
-        else:
+        if storage.exists(DATASET_FILE) and not storage.exists(NEXT_FILE) and not options.tokenizers:
             info = DatasetInfo.from_json(storage.read_all(DATASET_FILE))
             print(f"{storage.label} is a data set already ({info.samples} samples); nothing to do without --tokenizer")
+            return
+        shard_files(storage)  # an error when there are none, before anything is written
+        with hold(storage, options.take_over):
+            write(options, storage)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a worker process was killed
         sys.exit(f"index_shards: {error}")
     except KeyboardInterrupt:

@@ -8,88 +8,21 @@ with the first pictures, `/quit` ends. `--prompt` asks one question and ends. Th
 would load it, nothing of this project runs it.
 """
 
+import math
 import sys
-from dataclasses import dataclass, field
-from threading import Thread
+import unicodedata
 
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from conversation import Chat, one_line
 from llava_next.data.format.pictures import open_rgb
 from llava_next.paths import folder_or_name, local_path
 
-
-@dataclass
-class Chat:
-    """A conversation with a model.
-
-    Args:
-        system: system message; None: the chat template's own, empty: none.
-    """
-
-    model: torch.nn.Module
-    processor: object
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    system: str | None = None
-    messages: list[dict] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything but the system message."""
-        self.messages, self.pictures = [], []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
-
-    def ask(self, question: str, pictures: list[Image.Image], show=print) -> str:
-        """The answer to a question, which both become part of the conversation.
-
-        Args:
-            pictures: shown with this question.
-            show: called with each piece of the answer as it is generated.
-
-        Raises:
-            RuntimeError: the model failed; the conversation is as before.
-        """
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-        messages = [*self.messages, {"role": "user", "content": content}]
-        seen = [*self.pictures, *pictures]
-        answer = ""
-        for piece in self._generate(messages, seen):
-            show(piece)
-            answer += piece
-        reply = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
-        self.messages, self.pictures = [*messages, reply], seen
-        return answer.strip()
-
-    def _generate(self, messages: list[dict], pictures: list[Image.Image]):
-        """Pieces of the answer. Generation runs in a thread; its error is raised here."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(images=pictures or None, text=text, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        failures = []
-
-        def run() -> None:
-            try:
-                self.model.generate(**inputs, **sampling, max_new_tokens=self.max_new_tokens, streamer=streamer)
-            except Exception as error:
-                failures.append(error)
-                streamer.end()
-
-        thread = Thread(target=run, daemon=True)
-        thread.start()
-        yield from streamer
-        thread.join()
-        if failures:
-            raise RuntimeError(f"the model could not answer: {failures[0]}") from failures[0]
+COMMANDS = "/image FILE adds a picture to the next question, /reset starts anew, /quit ends"
 
 
 def load(folder: str) -> tuple[torch.nn.Module, object]:
@@ -97,7 +30,10 @@ def load(folder: str) -> tuple[torch.nn.Module, object]:
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(f"{folder} has no processor with a chat template: give a folder that training has written")
+    return model, processor
 
 
 def open_picture(path: str) -> Image.Image:
@@ -119,33 +55,56 @@ def write(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
+def typed() -> str | None:
+    """A line of input without control characters; None at its end."""
+    try:
+        line = input("you: ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    # of arrow keys, pasted bytes, half a surrogate pair
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs") else " " for c in line).strip()
+
+
 def converse(chat: Chat, first: list[Image.Image]) -> None:
     """Questions and answers until the end of the input."""
     waiting = list(first)
-    while True:
-        try:
-            question = input("you: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+    while (line := typed()) is not None:
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
             return
-        if question in ("/quit", "/exit"):
-            return
-        if question == "/reset":
+        if command == "/reset":
             chat.reset()
             waiting = list(first)
-        elif question.startswith("/image "):
+        elif command == "/image":
             try:
-                waiting.append(open_picture(question.removeprefix("/image ").strip()))
-            except ValueError as error:
-                print(f"error: {error}")
-        elif question:
-            write("model: ")
-            try:
-                chat.ask(question, waiting, write)
-                waiting = []
-            except RuntimeError as error:
-                write(f"error: {error}")
-            print()
+                waiting.append(open_picture(rest.strip().strip("\"'")))
+            except Exception as error:  # whatever a file makes the decoder raise
+                print(f"error: {one_line(error)}")
+        elif line.startswith("/") and line[1:].isalpha():
+            print(f"error: {line} is no command: {COMMANDS}")
+        elif line:
+            waiting = answer(chat, line, waiting)
+
+
+def answer(chat: Chat, question: str, waiting: list[Image.Image]) -> list[Image.Image]:
+    """Prints the answer to a question, or why there is none. Returns the pictures that still wait for a question."""
+    for mark in chat.marks_in(question):
+        print(f"note: {mark} is a mark of the model's own and is read as such, not as characters")
+    write("model: ")
+    try:
+        chat.ask(question, waiting, write)
+        waiting = []
+    except ValueError as error:
+        write(f"error: {error}")
+    except RuntimeError as error:
+        left = f" (its {len(waiting)} picture(s) are left out from here)" if waiting else ""
+        write(f"error: {error}{left}")
+        waiting = []
+    except KeyboardInterrupt:
+        write("(stopped)")
+    print()
+    return waiting
 
 
 def main() -> None:
@@ -157,17 +116,35 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy, the same answer every time")
     args = parser.parse_args()
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
+        parser.error("--max_new_tokens is at least 1, --temperature 0 or more")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is empty: give a question, or leave it out to be asked for them")
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # neither typed bytes nor an answer end the chat by an encoding error
+            stream.reconfigure(errors="replace")
     try:
         pictures = [open_picture(path) for path in args.image]
         model, processor = load(args.model)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    chat = Chat(model, processor, args.max_new_tokens, args.temperature, args.system)
-    if args.prompt is None:
-        converse(chat, pictures)
-    else:
-        chat.ask(args.prompt, pictures, write)
-        print()
+        chat = start(model, processor, args)
+        if args.prompt is None:
+            converse(chat, pictures)
+        else:
+            chat.ask(args.prompt, pictures, write)
+            print()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # a damaged folder or picture can make the libraries raise anything
+        sys.exit(f"error: {one_line(error)}")
+
+
+def start(model: torch.nn.Module, processor: object, args) -> Chat:
+    """The conversation, without the system message where the model has no place for one."""
+    try:
+        return Chat(model, processor, args.max_new_tokens, args.temperature, args.system)
+    except ValueError as error:
+        print(f"note: {error}; going on without it", file=sys.stderr)
+        return Chat(model, processor, args.max_new_tokens, args.temperature)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=local_path, help="model folder")
     args = parser.parse_args(arguments)
     if not args.folder.is_dir():
-        sys.exit(f"error: {args.folder} is no folder")
+        sys.exit(f"error: {args.folder} is no folder; give a model folder, such as RUN_DIR/model")
     logging.set_verbosity_error()
 
     findings = check_folder(args.folder)

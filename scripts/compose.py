@@ -46,8 +46,10 @@ def main() -> None:
     try:
         vision, llm, tokenizer = parts(args)
         folder = compose(vision, llm, tokenizer, args.template, args.out, args.pinpoints, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    for note in llm.notes:
+        print(f"note: {note}")
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     print(f"{folder}: {vision.config.model_type} + {llm.config.model_type}, {size / 1e6:,.1f} MB, {args.template}")
 

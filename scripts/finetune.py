@@ -9,23 +9,27 @@ with `--as_if 8xh100-80g` it is the plan for that machine.
 
 import json
 import os
-import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from llava_next.data.loading.loader import start_worker_server
-from llava_next.data.storage.client import StorageError
-from llava_next.model.folders.export import save_model
 from llava_next.training.banner import plan_banner
-from llava_next.training.checkpoints.recovery import CheckpointError, Resume, find_resume, resume_command, run_facts
+from llava_next.training.checkpoints.exports import COMPANIONS, export_model
+from llava_next.training.checkpoints.holding import hold_run
+from llava_next.training.checkpoints.recovery import Resume, find_resume, resume_command
+from llava_next.training.checkpoints.same_run import run_facts
 from llava_next.training.checkpoints.saving import Checkpoints
-from llava_next.training.devices.agreement import RanksDisagree, RunStopped, same_on_all_ranks
+from llava_next.training.checkpoints.verifying import verified
+from llava_next.training.devices.agreement import same_on_all_ranks
 from llava_next.training.devices.launch import check_launch
 from llava_next.training.devices.parallel import build_accelerator, finish
+from llava_next.training.ending import fail, refuse
 from llava_next.training.loop import Trainer
-from llava_next.training.recipe.config import RunConfig, parse_run, save_run
+from llava_next.training.readiness import check_ready, keep_companions
+from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
 from llava_next.training.setup import (
     build_model,
     empty_model,
@@ -37,42 +41,50 @@ from llava_next.training.setup import (
 )
 from llava_next.training.validate import Validation
 from llava_next.training.watch.health import record_communication
+from llava_next.training.watch.launcher import say_last, time_limit
+from llava_next.training.watch.stopping import StoppedEarly, StopRequest
+from llava_next.training.watch.trackers import start_trackers
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 def main(default_recipe: Path) -> None:
-    """Runs one stage. Everything a user can get wrong is an error before the model loads."""
+    """Runs one stage. Whatever happens ends in one message and an exit status."""
+    with StopRequest() as stop:  # by a signal, by a file, or because the launcher is gone
+        try:
+            run(default_recipe, stop)
+        except (Exception, StoppedEarly) as error:
+            fail(error)
+
+
+def run(default_recipe: Path, stop: StopRequest) -> None:
+    """Everything a user can get wrong is an error before the model loads."""
     try:
         config, options = parse_run(default_recipe=default_recipe)
         parts = load_parts(config)
         mixture = open_mixture(config, parts)
         validation = Validation(config, parts) if config.data.validation else None
         resume = find_resume(config)
-        changes = mixture.resume(resume.state, config.data.allow_changed_plan) if resume.path else []
+        if resume.path:
+            resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
         if not options.dry_run:
             check_launch(lambda: empty_model(parts))
+            resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(plan_banner(config, parts, mixture, options.as_if), flush=True)
-        for text in [*(f"changed    {change}" for change in changes), *(f"resume     {note}" for note in resume.notes)]:
+        for text in [*(f"note       {note}" for note in resume.notes), *time_limit(config.run_dir)]:
             print(text, flush=True)
     if options.dry_run:
         return
-    try:
-        train(config, parts, mixture, validation, resume)
-    except (CheckpointError, RanksDisagree) as error:  # the same on all ranks
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    except (StorageError, RunStopped) as error:
-        sys.exit(f"error on rank {os.environ.get('RANK', '0')}: {error}")
+    train(config, options, parts, mixture, validation, resume, stop)
 
 
-def train(config: RunConfig, parts, mixture, validation, resume: Resume) -> None:
+def train(config: RunConfig, options: Options, parts, mixture, validation, resume: Resume, stop: StopRequest) -> None:
     """Loads the model (or the checkpoint's weights into it), trains, and writes `model/`."""
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir, how_to_go_on = Path(config.run_dir), resume_command(config)
     record_communication(run_dir)
     if config.data.num_workers:
         start_worker_server(parts.encoder)  # loads its modules while the model loads
@@ -80,12 +92,15 @@ def train(config: RunConfig, parts, mixture, validation, resume: Resume) -> None
     same_on_all_ranks("configuration", yaml.safe_dump(asdict(config)))
     same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))
     same_on_all_ranks("checkpoints", str(resume.state["step"]))
-    resume.prepare(run_dir)
-    if accelerator.is_main_process:
-        save_run(config, run_dir / "config.yaml")
+    hold_run(config, resume, options.take_over)  # one run at a time; nothing was written yet
+    replan = partial(mixture.resume, allow_changed_plan=config.data.allow_changed_plan)
+    resume = verified(config, resume, replan, accelerator.print)
+    resume.prepare(run_dir, lambda: (save_run(config, run_dir / "config.yaml"), keep_companions(config, parts)))
+    start_trackers(config, accelerator, accelerator.print)
 
     model, optimizer = build_model(config, accelerator)
     journal = open_journal(config, accelerator, parts, mixture, resume.state["step"])
+    journal.changed(resume.notes)
     checkpoints = Checkpoints(
         resume.folder, model, optimizer.optimizer, config.checkpoint, run_facts(config), resume.mirror, journal.say
     )
@@ -104,17 +119,17 @@ def train(config: RunConfig, parts, mixture, validation, resume: Resume) -> None
         mixture,
         journal,
         checkpoints,
-        start_step=start,
-        counters=resume.state["counters"],
+        resume.state,
+        stop,
         validation=validation,
     )
     if not trainer.train():
-        accelerator.print(f"stopped after step {trainer.step}; to continue:\n{resume_command(config)}", flush=True)
+        say_last(f"stopped after step {trainer.step}; to continue:\n{how_to_go_on}", 0, on_all_ranks=True)
         finish(accelerator)
 
-    save_model(model, run_dir / "model", config.model, is_main_process=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        report_export(run_dir / "model", config.data.keep_template)
+    check = partial(report_export, keep_template=config.data.keep_template)
+    export_model(model, run_dir / "model", run_dir / COMPANIONS, resume.folder, check)
+    say_last("", 0)
     finish(accelerator)
 
 

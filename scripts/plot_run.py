@@ -90,7 +90,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise ValueError(f"{folder} has no metrics.jsonl; give the run_dir of a run that has made its first step")
     records, unreadable = read_lines(path)
     if not records:
-        raise ValueError(f"{path} holds no step yet")
+        raise ValueError(f"{path} holds no step yet; wait for the first one")
     flat = []
     for record in records:
         nested = {f"{k}/{n}": v for k in ("rates", "source_loss") for n, v in record.get(k, {}).items()}

@@ -1,4 +1,4 @@
-"""Test-wide settings: one torch thread (two processes share two cores), no network, no progress bars; shared builds."""
+"""Test-wide settings: one torch thread (two processes share two cores), no network, no progress bars; fixtures."""
 
 import os
 
@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from support.builds import make_inputs, run
 
@@ -29,3 +30,11 @@ def built(inputs, tmp_path_factory):
     result = run(inputs, out)
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,7 @@ from llava_next.data.format.tar import BadSample
 from llava_next.data.format.writer import ShardFile, shard_name, write_dataset
 from llava_next.data.plan.order import permutation
 from llava_next.data.storage.client import Storage
+from llava_next.data.storage.lease import LEASE_FILE, Lease
 
 REPORT_FILE = "rejected.jsonl"
 STATE_FOLDER = "building"
@@ -152,6 +154,17 @@ class Output:
             raise ValueError(f"{self.storage.label} holds no parts of a build, or one that was merged already")
         return Plan.from_json(self.storage.read_all(PLAN_FILE))
 
+    def hold(self, part: int = 1, parts: int = 1, take_over: bool = False) -> Lease:
+        """The right to build here, for as long as the block lasts. Parts of one build may be made at once.
+
+        Raises:
+            LeaseHeld: another process builds the same part here.
+        """
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        name = LEASE_FILE if parts == 1 else f"lease-{part}-of-{parts}.json"
+        return hold(self.storage, take_over, name)
+
     def begin(self, plan: Plan) -> None:
         """Marks the place as being built."""
         if self.folder is not None:
@@ -190,6 +203,15 @@ class Output:
                 self.storage.delete(name)
         if self.folder is not None and (self.folder / STATE_FOLDER).exists():
             (self.folder / STATE_FOLDER).rmdir()
+
+
+def hold(storage: Storage, take_over: bool, name: str = LEASE_FILE) -> Lease:
+    """A lease on a folder or URL that a data tool writes to. Raises LeaseHeld."""
+    cure = (
+        "Two at once would remove each other's files: wait for it or end it (it continues when started again), or give "
+        "another place. --take_over takes the place from one that does not answer, which then ends"
+    )
+    return Lease(storage, "build", cure, name=name).take(take_over, lambda text: print(text, file=sys.stderr))
 
 
 _job: Job | None = None

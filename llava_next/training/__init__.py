@@ -4,6 +4,8 @@ setup.py: what the training scripts put together
 banner.py: the plan of a run, printed before it starts
 loop.py: the training loop
 validate.py: held-out loss
+readiness.py: what the end of a run needs, before its first step
+ending.py: what a rank says last, and its exit status
 
 May import: the root's files, data.loading, data.plan, data.storage, model.folders, model.forward,
 training.checkpoints, training.devices, training.forecast, training.recipe, training.watch.

@@ -52,11 +52,12 @@ class Dealt:
 
 
 def deal_some(config: RunConfig, mixture: Mixture, world: int) -> Dealt:
-    """Deals the first steps of the plan."""
+    """Deals the first steps of the present plan."""
     cost = mixture.cost or CostModel()
     totals, bins_tokens, bins_tiles, bins_samples, micros, spent, slowest = [], [], [], [], [], 0, 0
-    steps = min(SAMPLED_STEPS, mixture.total_steps)
-    for step in range(steps):
+    first = mixture.first_step
+    steps = min(SAMPLED_STEPS, mixture.total_steps - first)
+    for step in range(first, first + steps):
         lengths, tiles = mixture.step_sizes(step)
         costs = cost.sample_cost(lengths, tiles)
         totals.append((lengths.sum(), (lengths.astype(float) ** 2).sum(), tiles.sum()))
@@ -144,12 +145,14 @@ def data_lines(config: RunConfig, mixture: Mixture, dealt: Dealt) -> list[str]:
         lines.append(f"data       {source.name}: {samples}, {size} from {storage.label}")
     steps = mixture.total_steps
     exact = "exact" if mixture.exact_lengths else "estimated from bytes"
-    tokens, tiles = (dealt.tokens * steps, dealt.tiles * steps)
-    seen = "" if dealt.steps == steps else f", by the first {dealt.steps} steps"
+    left = steps - mixture.first_step
+    tokens, tiles = (dealt.tokens * left, dealt.tiles * left)
+    seen = "" if dealt.steps == left else f", by the first {dealt.steps} steps"
+    earlier = f" (the first {mixture.first_step:,} under another plan)" if mixture.first_step else ""
     lines += [
         f"  lengths  {exact}; {mixture.num_too_long:,} samples longer than {config.data.max_length:,} tokens are cut",
         f"  in all   {_count(tokens)} tokens, {_count(tiles)} tiles{seen}",
-        f"steps      {steps:,} of {config.data.batch_size} samples, "
+        f"steps      {steps:,} of {config.data.batch_size} samples{earlier}, "
         f"{warmup_steps(steps, config.optim.warmup_ratio):,} warm-up, cosine to 0; seed {config.seed}, "
         f"weighting {config.optim.loss_weighting}, clip {config.optim.max_grad_norm}",
     ]

@@ -8,8 +8,6 @@ comes back from the device one step later, so that the host never waits for the 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +18,9 @@ from accelerate import Accelerator
 
 from llava_next.data.loading.feed import Feed
 from llava_next.data.plan.mixture import Mixture
-from llava_next.model.folders.export import save_model
+from llava_next.training.checkpoints.exports import COMPANIONS, export_model
 from llava_next.training.checkpoints.saving import Checkpoints
-from llava_next.training.devices.agreement import RunStopped, StepCounts, slot_weights, take_step
+from llava_next.training.devices.agreement import RunStopped, StepCounts, any_rank, slot_weights, take_step
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import rate_multiplier, set_rates
 from llava_next.training.validate import Validation
@@ -30,35 +28,15 @@ from llava_next.training.watch.health import GarbageCollection, Heartbeat, NonFi
 from llava_next.training.watch.journal import Journal
 from llava_next.training.watch.metrics import duration
 from llava_next.training.watch.profile import StepProfiler
+from llava_next.training.watch.stopping import StopRequest
 from llava_next.training.watch.timing import StepTimer
 
 COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "skipped_steps", "retries")
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the running step; a second one stops at once.
-
-    A launcher that is itself signalled passes it on, gives its ranks 30 seconds (newer torch: as many as
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT says) and then fails, although they all ended well.
-    """
-
-    ECHO = 2.0  # seconds: Ctrl-C reaches a rank twice, from the terminal and passed on by the launcher
-
-    def __init__(self):
-        self.asked_at: float | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    @property
-    def asked(self) -> bool:
-        """Whether this rank was asked to stop."""
-        return self.asked_at is not None
-
-    def _on_signal(self, number, frame) -> None:
-        if self.asked_at is None:
-            self.asked_at = time.monotonic()
-        elif time.monotonic() - self.asked_at > self.ECHO:
-            os._exit(128 + number)
+DUE = (
+    "validation",
+    "checkpoint",
+    "export",
+)  # after a step, in this order: what the logs say of a step is saved with it
 
 
 class Trainer:
@@ -70,7 +48,8 @@ class Trainer:
         journal: gets a record of every step.
         checkpoints: writes them.
         validation: held-out data, or None.
-        counters: from the checkpoint that the run continues, else empty.
+        resumed: state of the checkpoint that the run continues, or that of a fresh start.
+        stop: tells that this rank was asked to stop.
     """
 
     def __init__(
@@ -83,8 +62,8 @@ class Trainer:
         mixture: Mixture,
         journal: Journal,
         checkpoints: Checkpoints,
-        start_step: int = 0,
-        counters: dict | None = None,
+        resumed: dict,
+        stop: StopRequest,
         validation: Validation | None = None,
     ):
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
@@ -93,34 +72,42 @@ class Trainer:
         self.pending: tuple[dict, torch.Tensor, list] | None = None  # of the last step, until it is settled
         self._step_begin = self._beside = 0.0
         self.last_step = journal.progress.total
-        self.counters = {**dict.fromkeys(COUNTERS, 0), "by_source": {}, **(counters or {})}
-        self.run_dir, self.step = Path(config.run_dir), start_step
-        self.stop, self.timer = StopSignal(), StepTimer(accelerator.device)
+        self.counters = {**dict.fromkeys(COUNTERS, 0), "by_source": {}, **resumed["counters"]}
+        self.run_dir, self.step = Path(config.run_dir), resumed["step"]
+        self.due: list[str] = list(resumed.get("due", []))  # of DUE, what the last step has left to do
+        self._unchanged = (self.step, self.due.copy())  # as long as this is so, there is nothing new to save
+        self.stop, self.timer = stop, StepTimer(accelerator.device)
         self.non_finite = NonFinite(config.optim.max_skipped_steps)
         self.profiler = StepProfiler(
             config.profile.steps, self.run_dir, accelerator.device, accelerator.is_main_process
         )
 
     def train(self) -> bool:
-        """Runs to the end. Returns False when a signal stopped the run before."""
+        """Runs to the end. Returns False when the run was asked to stop before: then all that was done is saved."""
         self.model.train()
+        self.stop.begin(
+            self.run_dir if self.accelerator.is_main_process else None, self.journal.say, self.config.hang_seconds
+        )
         started = time.monotonic()
         collection = GarbageCollection()
         heart = Heartbeat(self.run_dir, self.accelerator.process_index, self.config.hang_seconds)
         try:
-            while self.step < self.last_step:
+            going_on = self._do_due()
+            while going_on and self.step < self.last_step:
                 heart.beat(self.step)
+                self.stop.step_begins()
                 with self.profiler.step(self.step + 1):
                     unsettled, counts = self._step()
+                self.stop.step_ends()
                 self._settle()
                 self.pending = unsettled
-                self._after_step(counts)
-                if counts.stop and self.step < self.last_step:
-                    self._save()
-                    self.checkpoints.close()
-                    return False
+                going_on = not counts.stop and self._after_step(counts)
                 collection.after_step(self.step)
             self._settle()
+            if not going_on or any_rank(self.stop.asked):
+                self._save(asked=True)
+                self.checkpoints.close()
+                return False
             self.checkpoints.close()
             self.journal.say(f"{self.step} steps in {duration(time.monotonic() - started)}")
             return True
@@ -131,18 +118,24 @@ class Trainer:
             self.feed.close()  # ends the loader's worker processes
             self.journal.close()
 
-    def _step(self) -> tuple[tuple[dict, torch.Tensor, list], StepCounts]:
-        """One optimizer step. Returns what `_settle` takes when the device has finished it, and the agreed counts."""
+    def _step(self) -> tuple[tuple[dict, torch.Tensor, list] | None, StepCounts]:
+        """One optimizer step, unless a rank was asked to stop before all had its data.
+
+        Returns:
+            what `_settle` takes when the device has finished it (None: no step was made), and the agreed counts.
+        """
         # A step takes until the next one begins: the host, which only queues it, may be ahead of the device.
         if self.pending:
             self.pending[0]["step_s"] = self._elapsed()
         self._step_begin, self._beside = time.monotonic(), 0.0
         ready = self.feed.ready
         micros, counts = take_step(
-            self.feed, self.step, self.config.data.batch_size, self.stop.asked, self.checkpoints.failed
+            self.feed, self.step, self.config.data.batch_size, lambda: self.stop.asked, self.checkpoints.failed
         )
         if counts.unsaved:
             self.checkpoints.wait()  # raises, with what happened
+        if counts.stop:
+            return None, counts
         weights = slot_weights(counts.supervised, self.config.optim.loss_weighting)
         multiplier = rate_multiplier(self.step, self.mixture.total_steps, self.config.optim.warmup_ratio)
         rates = set_rates(self.optimizer, multiplier)
@@ -234,7 +227,8 @@ class Trainer:
         yield
         self._beside += time.monotonic() - begin
 
-    def _after_step(self, counts: StepCounts) -> None:
+    def _after_step(self, counts: StepCounts) -> bool:
+        """Counts, and does what is due. Returns False when the run was asked to stop before all of that was done."""
         for name in ("samples", "tokens", "holes", "truncated"):
             self.counters[name] += counts.counts[name]
         self.counters["supervised"] += int(counts.supervised.sum())
@@ -246,35 +240,65 @@ class Trainer:
             self.checkpoints.wait()
             raise RunStopped(
                 f"{self.counters['holes']} of {seen} samples could not be used, more than data.max_skip_share "
-                f"{self.config.data.max_skip_share}; see {self.run_dir}/skipped*.jsonl for each one's reason"
+                f"{self.config.data.max_skip_share}; see {self.run_dir}/skipped*.jsonl for each one's reason. "
+                "Mend the data, or raise that share, and start again"
             )
-        last = self.step == self.last_step
-        if self.validation and (self._is_due(self.config.data.validation_every) or last):
-            self._settle()
-            with self._beside_the_step():
-                losses = self.validation.loss(self.model, self.accelerator)
-            self.journal.validated(self.step, losses)
-        if self._is_due(self.config.checkpoint.every) or last:
-            self._save()  # after all that the logs say of this step: it will not be done again
-        if self._is_due(self.config.checkpoint.export_every) and not last:
-            self._settle()
-            with self._beside_the_step():
-                self._export()
+        last, checkpoint = self.step == self.last_step, self.config.checkpoint
+        wanted = {
+            "validation": self.validation and (self._is_due(self.config.data.validation_every) or last),
+            "checkpoint": self._is_due(checkpoint.every) or last,
+            "export": self._is_due(checkpoint.export_every) and not last,
+        }
+        self.due = [name for name in DUE if wanted[name]]
+        return self._do_due()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _save(self) -> None:
-        self._settle()  # a step's line is in the log before a checkpoint says that it need not be done again
-        if self.checkpoints.saved_step != self.step:
-            epoch = self.mixture.epoch(self.step - 1)
-            state = {**self.mixture.state(), "epoch": epoch, "step": self.step, "counters": self.counters}
+    def _do_due(self) -> bool:
+        """Does what the last step has left to do. Returns False, with the rest in `due`, when asked to stop before."""
+        while self.due:
+            if any_rank(self.stop.asked):
+                return False
+            self._settle()
+            if self.due[0] == "checkpoint":
+                del self.due[0]  # what it says is left comes after it
+                self._save()
+                continue
             with self._beside_the_step():
-                self.journal.sync()
-                self.checkpoints.save(self.step, state)
+                if not (self._validate() if self.due[0] == "validation" else self._export()):
+                    return False
+            del self.due[0]
+        return True
 
-    def _export(self) -> None:
+    def _save(self, asked: bool = False) -> None:
+        """Saves a checkpoint of this step, once.
+
+        Args:
+            asked: the run ends here, and needs no checkpoint when it has done nothing.
+        """
+        self._settle()  # a step's line is in the log before a checkpoint says that it need not be done again
+        if self.checkpoints.saved_step == self.step or (asked and (self.step, self.due) == self._unchanged):
+            return
+        epoch = self.mixture.epoch(self.step - 1)
+        counts = {"step": self.step, "counters": self.counters, "due": self.due}
+        with self._beside_the_step():
+            self.journal.sync()
+            self.checkpoints.save(self.step, {**self.mixture.state(), "epoch": epoch, **counts})
+
+    def _validate(self) -> bool:
+        if self.validation is None:  # no longer wanted
+            return True
+        losses = self.validation.loss(self.model, self.accelerator, lambda: self.stop.asked)
+        if losses is not None:
+            self.journal.validated(self.step, losses)
+        return losses is not None
+
+    def _export(self) -> bool:
         """Writes the model as it is now to `model-step-N/`, in the layout of the final `model/`."""
         folder = self.run_dir / f"model-step-{self.step}"
-        save_model(self.model, folder, self.config.model, is_main_process=self.accelerator.is_main_process)
+        if self.step == self._unchanged[0] and folder.exists():  # written before the run was stopped
+            return True
+        export_model(self.model, folder, self.run_dir / COMPANIONS, self.checkpoints.folder)
         self.journal.say(f"model after step {self.step} written to {folder}")
+        return True

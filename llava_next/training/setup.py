@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,12 +39,18 @@ TEMPLATE_CHECKS = ("chat template", "chats", "terminator")
 
 @dataclass
 class Parts:
-    """What a run needs beside weights: the model's config and how its samples are encoded."""
+    """What a run needs beside weights: the model's config and how its samples are encoded.
+
+    Args:
+        made: of the files beside the result's weights, what cannot be copied from the start model, by name of the
+            check that it failed (see `readiness.check_ready`).
+    """
 
     model_config: object
     anyres: AnyRes
     encoder: Encoder
     fingerprint: str
+    made: list[str] = field(default_factory=list)
 
 
 def load_parts(config: RunConfig) -> Parts:
@@ -161,6 +167,11 @@ def open_journal(
     return Journal(config, accelerator, mixture, Progress(last_step, start_step), flops, peak)
 
 
+def excused_checks(keep_template: bool) -> tuple[str, ...]:
+    """Names of the checks that a folder with a chat template of its own need not pass."""
+    return TEMPLATE_CHECKS if keep_template else ()
+
+
 def report_export(folder: Path, keep_template: bool = False) -> None:
     """Checks a model folder just written and prints what was found.
 
@@ -168,14 +179,17 @@ def report_export(folder: Path, keep_template: bool = False) -> None:
         keep_template: the folder has a chat template of its own: what differs from the training's is printed only.
 
     Raises:
-        RuntimeError: the folder would not load or answer as trained.
+        ValueError: the folder would not load or answer as trained.
     """
     findings = check_folder(folder)
     for finding in findings:
         if not finding.ok:
             print(finding, flush=True)
-    excused = TEMPLATE_CHECKS if keep_template else ()
+    excused = excused_checks(keep_template)
     failed = [finding for finding in findings if not finding.ok and finding.check not in excused]
     if failed:
-        raise RuntimeError(f"{folder} was written but fails {len(failed)} of {len(findings)} checks, see above")
+        raise ValueError(
+            f"{folder} was written but fails {len(failed)} of {len(findings)} checks, see above: mend the files that "
+            "they name, then see scripts/check_export.py"
+        )
     print(f"model written to {folder}; {len(findings)} checks made", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -31,8 +32,13 @@ class Validation:
         self.steps = min(self.mixture.total_steps, config.data.validation_steps or self.mixture.total_steps)
 
     @torch.no_grad()
-    def loss(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    def loss(self, model: nn.Module, accelerator: Accelerator, stop: Callable[[], bool]) -> dict[str, float] | None:
         """Mean loss of a supervised token in each source, and `all` over all of them. A collective.
+
+        None when a rank was asked to stop meanwhile: it is then measured when the run goes on.
+
+        Args:
+            stop: whether this rank was asked to.
 
         Raises:
             Exception: as `take_step`.
@@ -44,7 +50,10 @@ class Validation:
         model.eval()
         try:
             for step in range(self.steps):
-                for batch in take_step(feed, step, self.config.data.batch_size)[0]:
+                micros, counts = take_step(feed, step, self.config.data.batch_size, stop)
+                if counts.stop:
+                    return None
+                for batch in micros:
                     output = model(**batch.model_inputs(device), num_sources=len(names))
                     sums += torch.stack([output.source_loss, output.source_tokens])
         finally:

@@ -37,6 +37,7 @@ from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
 from llava_next.training.watch.journal import Journal
 from llava_next.training.watch.metrics import Progress
+from llava_next.training.watch.stopping import StopRequest
 from llava_next.training.watch.timing import PHASES, StepTimer
 
 SPARE = 0.93  # share of a GPU's memory that the estimate may fill
@@ -201,7 +202,8 @@ class Feed:
         """Micro-batches that wait."""
         return sum(map(len, self._steps[self._next :]))
 
-    def __next__(self) -> tuple[int, list[PackedBatch]]:
+    def take(self, unless: Callable[[], bool]) -> tuple[int, list[PackedBatch]]:
+        """The next step."""
         self.asked_at.append(time.perf_counter())
         self._on_step()
         step, self._next = self._next, self._next + 1
@@ -348,10 +350,11 @@ def run_steps(
     parts = PartTimer(model, device)
     plan, feed = Plan(len(steps), work.samples), Feed(steps, device, parts.next_step)
     journal = Journal(config, accelerator, plan, Progress(len(steps), 0))
-    trainer = Trainer(config, accelerator, model, optimizer, feed, plan, journal, NoCheckpoints())
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.redirect_stdout(io.StringIO()), parts:
+    with contextlib.redirect_stdout(io.StringIO()), parts, StopRequest() as stop:
+        fresh = {"step": 0, "counters": {}}
+        trainer = Trainer(config, accelerator, model, optimizer, feed, plan, journal, NoCheckpoints(), fresh, stop)
         trainer.train()
     if on_gpu:
         torch.cuda.synchronize(device)

@@ -7,7 +7,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
@@ -112,13 +111,6 @@ def test_row_says_that_liger_is_missing_or_the_time_over(monkeypatch):
     rows += ablate.switches(bench, ["packing"], 1, deadline=0.0)
     assert [row["error"] for row in rows] == ["liger-kernel is not installed", "not begun: no time left"]
     assert "liger-kernel is not installed" in ablate.line(rows[0])
-
-
-@pytest.fixture
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("vision", [2e-6, None])

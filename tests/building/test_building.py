@@ -3,6 +3,7 @@
 import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import index_shards
+from building.jobs import Output, hold
 from llava_next.data.format.index import read_dataset
 from llava_next.data.storage.client import Storage, StorageError
+from llava_next.data.storage.lease import LEASE_FILE
 from support.builds import TOOL, arguments_for, checksums, make_inputs, run, tool_result
 from support.faults import S3Server
 
@@ -41,6 +45,28 @@ def test_a_killed_build_continues_where_it_stopped_and_ends_with_the_same_bytes(
     assert {path: path.stat().st_mtime_ns for path in done} == before
     assert run(tmp_path, tmp_path / "clean", *shard).returncode == 0
     assert checksums(out) == checksums(tmp_path / "clean")
+
+
+def test_a_second_build_into_one_place_is_refused_and_other_parts_of_the_first_are_not(inputs, built, tmp_path):
+    out = tmp_path / "out"
+    with Output(str(out)).hold():
+        refused = run(inputs, out)
+        assert refused.returncode == 1 and "is in use by another build: process" in refused.stderr
+        assert "wait for it or end it" in refused.stderr and [path.name for path in out.iterdir()] == [LEASE_FILE]
+    with Output(str(out)).hold(1, 2):
+        assert run(inputs, out, "--part", "1/2").returncode == 1
+        assert run(inputs, out, "--part", "2/2").returncode == 0
+    assert run(inputs, out).returncode == 0
+    assert checksums(out) == checksums(built)  # no lease is left
+
+
+def test_indexing_twice_at_once_is_refused(built, tmp_path):
+    shards = shutil.copytree(built, tmp_path / "set")
+    for name in ("dataset.json", "index.parquet"):
+        (shards / name).unlink()
+    with hold(Storage(shards), take_over=False), pytest.raises(SystemExit, match="in use by another build"):
+        index_shards.main([str(shards), "--tower", "clip-336", "--workers", "0"])
+    assert not (shards / "dataset.json").exists() and not (shards / LEASE_FILE).exists()
 
 
 def test_a_shard_that_was_cut_off_after_its_record_is_built_again(inputs, built, tmp_path, monkeypatch):

@@ -166,6 +166,47 @@ def test_full_disk_ends_the_run_on_all_ranks_and_the_last_checkpoint_is_usable(t
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_flipped_byte_takes_the_run_back_to_the_checkpoint_before(train, tmp_path, world):
+    whole = finished(train(tmp_path / "run", world=world))
+    newest = complete_checkpoints(tmp_path / "run/checkpoints")[-1]
+    assert newest.name == "step-00000006"
+    file = newest / f"rank-{world - 1:05d}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) * 3 // 5] ^= 0x40
+    file.write_bytes(data)
+    resumed = finished(train(tmp_path / "run", world=3 - world))
+    assert (
+        resumed["begun"] == 3
+        and resumed["digest"] != ""
+        and resumed["said"][:2]
+        == [
+            f"note       step-00000006: the bytes of {file.name} are not those that were written",
+            f"note       {newest} is damaged, going back to step-00000003",
+        ]
+    )
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {"step-00000003", "step-00000006", "step-00000006.damaged"}
+    assert finished(train(tmp_path / "run", world=world))["begun"] == 6 and whole["begun"] == 0
+
+
+def test_damage_of_the_only_checkpoint_ends_the_run_on_all_ranks(train, tmp_path):
+    finished(train(tmp_path / "run", steps=3))
+    (path,) = complete_checkpoints(tmp_path / "run/checkpoints")
+    text = (path / "tensors.json").read_text()
+    (path / "tensors.json").write_text(text.replace("float32", "float23", 1))
+    for rank in train(tmp_path / "run")["ranks"]:
+        assert "no checkpoint in" in rank["error"] and "is whole (step-00000003); restore their files" in rank["error"]
+
+
+def test_full_disk_at_the_export_is_said_on_all_ranks_and_leaves_nothing(train, tmp_path):
+    answer = train(tmp_path / "run", steps=3, export="full")
+    for rank in answer["ranks"]:
+        assert f"model {tmp_path}/run/model could not be written ([Errno 28] No space left" in rank["error"]
+        assert "step-00000003 is complete and will be continued from. Make room there" in rank["error"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["base", "checkpoints", "metrics.jsonl"]
+
+
 def test_read_only_folder_ends_the_run_on_all_ranks_and_says_what_to_do(train):
     folder = Path("/tmp") / f"read-only-{os.getpid()}"  # pytest's own folders are closed to other users
     try:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,12 @@ from llava_next.training.checkpoints.recovery import (
     read_manifest,
     remove_checkpoint,
     resume_command,
-    run_facts,
+    state_checksum,
 )
+from llava_next.training.checkpoints.same_run import FREE, PLAN, run_facts
 from llava_next.training.recipe.config import CheckpointConfig, OptimConfig, RunConfig, Source
 from llava_next.training.recipe.optim import Rates
+from llava_next.training.watch.metrics import flat
 
 
 def make_checkpoint(folder: Path, step: int, **state) -> Path:
@@ -37,7 +40,8 @@ def make_checkpoint(folder: Path, step: int, **state) -> Path:
     (path / "rank-00000.safetensors").write_bytes(bytes(1000 + step))
     files = {"rank-00000.safetensors": {"bytes": 1000 + step, "crc32": zlib.crc32(bytes(1000 + step))}}
     state = {"step": step, "counters": {}, **state}
-    (path / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "state": state, "files": files}))
+    manifest = {"format": FORMAT, "step": step, "state": state, "state_crc32": state_checksum(state), "files": files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
     return path
 
 
@@ -53,7 +57,7 @@ def run_config(folder: Path, **options) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
+@pytest.mark.parametrize("damage", ["missing", "short", "manifest", "a digit of the manifest"])
 def test_auto_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path, damage):
     config = run_config(tmp_path)
     folder = tmp_path / "run/checkpoints"
@@ -62,8 +66,11 @@ def test_auto_goes_back_to_the_checkpoint_before_a_damaged_one(tmp_path, damage)
         (newest / "rank-00000.safetensors").unlink()
     elif damage == "short":
         os.truncate(newest / "rank-00000.safetensors", 999)
-    else:
+    elif damage == "manifest":
         os.truncate(newest / "manifest.json", 40)
+    else:
+        text = (newest / "manifest.json").read_text()
+        (newest / "manifest.json").write_text(text.replace('"batch_size": 128', '"batch_size": 928'))
     resume = find_resume(config)
     assert resume.path == older and resume.notes == [f"{newest} is damaged, going back to step-00000003"]
     resume.put_in_order(tmp_path / "run")
@@ -121,10 +128,31 @@ def test_checkpoint_of_another_stage_is_refused_and_the_difference_named(tmp_pat
     assert "this run has llm at 2e-05" in str(refused.value)
 
 
-def test_changed_rate_of_the_same_stage_is_noted(tmp_path):
+def test_every_changed_key_that_changes_what_is_learned_is_noted_and_no_other(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "run/checkpoints", 3, **run_facts(run_config(tmp_path)))
-    resume = find_resume(run_config(tmp_path, optim=OptimConfig(weight_decay=0.1)))
-    assert resume.notes == ["optim.weight_decay was 0.0 until step 3 and is 0.1 from here"]
+    changed = run_config(tmp_path, optim=OptimConfig(rates=Rates(llm=3e-5), weight_decay=0.1), float8=True)
+    changed.data.max_length = 2048
+    # how fast, where and what is told: no word
+    changed.data.token_budget, changed.data.num_workers, changed.log_every, changed.max_steps = 9000, 1, 1, 5
+    changed.checkpoint.every, changed.data.validation = 3, [Source("held_out")]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    (tmp_path / "base/tokenizer.json").write_text("{}")
+    assert find_resume(changed).notes == [
+        "data.max_length was 4096 until step 3 and is 2048 from here",
+        "float8 was False until step 3 and is True from here",
+        "launch file's mixed_precision was no until step 3 and is bf16 from here",
+        "optim.rates.llm was 2e-05 until step 3 and is 3e-05 from here",
+        "optim.weight_decay was 0.0 until step 3 and is 0.1 from here",
+        f"the tokenizer of {tmp_path / 'base'} is another one than until step 3",
+    ]
+
+
+def test_every_key_of_the_configuration_is_either_free_or_of_the_plan_or_noted():
+    """A key that is renamed must not fall out of the lists without a word."""
+    keys = {name.replace("/", ".") for name in flat(asdict(RunConfig()))} | {"data.sources", "data.validation"}
+    keys |= {"log_with", "profile.steps"}
+    for key in (*FREE, *PLAN):
+        assert any(name == key or name.startswith(f"{key}.") for name in keys), key
 
 
 @pytest.mark.parametrize("changed", ["config.json", "model.safetensors"])

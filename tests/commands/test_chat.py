@@ -111,3 +111,90 @@ def test_missing_picture_or_model_is_one_line(demo, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(demo / "model"), *map(str, arguments)])
         with pytest.raises(SystemExit, match=r"error: .*none"):
             chat.main()
+
+
+def test_no_input_ends_the_chat_and_the_conversation_goes_on(loaded, monkeypatch, capsys, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    picture(1).save(tmp_path / "fine.png")
+    lines = [
+        ("", ""),
+        ("What does <image> mean?", "error: <image> stands for a picture: the text has 1, and 0 picture(s) go"),
+        (f"/image {tmp_path}/broken.png", "error: "),
+        (f"/image {tmp_path}", "error: "),
+        ("/image", "error: "),
+        ("/image a\x00b", "error: "),
+        ("/help", "error: /help is no command: /image FILE adds"),
+        ("Hel\x1b[Alo \ud800 there", "model: "),
+        ("Say </s> twice", "note: </s> is a mark of the model's own"),
+        (f'/image "{tmp_path}/fine.png"', ""),
+        ("<image> and <image>?", "error: <image> stands for a picture: the text has 2, and 1 picture(s) go"),
+        ("Compare <image> with nothing", "model: "),  # the picture's place
+        ("word " * 3000, "error: the conversation is 15,106 tokens long with this, the model takes 1,024"),
+        ("Still there?", "model: "),
+    ]
+    conversation = chat.Chat(*loaded, max_new_tokens=2)
+    given = iter([line for line, _ in lines])
+
+    def typed(prompt: str) -> str:
+        try:
+            line = next(given)
+        except StopIteration:
+            raise EOFError from None
+        print("\n>>> ", end="")
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    chat.converse(conversation, [])
+    said = [part.strip() for part in capsys.readouterr().out.split("\n>>> ")[1:]]
+    assert len(said) == len(lines)
+    for (line, expected), found in zip(lines, said, strict=True):
+        assert expected in found, (line[:50], found)
+    assert len(conversation.messages) == 2 * 4 and len(conversation.pictures) == 1
+    places = [part["type"] for part in conversation.messages[4]["content"]]
+    assert places == ["text", "image", "text"]
+
+
+def test_interrupted_answer_is_kept_as_far_as_it_was_shown(conversation):
+    shown = []
+
+    def interrupt(piece: str) -> None:
+        shown.append(piece)
+        if "".join(shown).strip() and len(shown) > 1 and "(stopped)" not in piece:
+            raise KeyboardInterrupt
+
+    conversation.max_new_tokens = 400
+    conversation.ask("Tell me everything.", [], interrupt)
+    assert shown[-1] == " (stopped)" and len(shown) < 100
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
+    assert conversation.ask("And now?", [], lambda piece: None) is not None
+
+
+def test_spelled_placeholder_of_an_answer_does_not_end_the_conversation(conversation, monkeypatch):
+    monkeypatch.setattr(conversation, "_generate", lambda inputs: iter(["an <image> ", "it is"]))
+    assert conversation.ask("What is it?", [], lambda piece: None) == "an <image> it is"
+    monkeypatch.undo()
+    assert conversation.ask("And now?", [picture(0)], lambda piece: None) is not None
+
+
+def test_system_message_without_a_place_is_said_and_left_out(demo, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(demo / "model"), "--system", "Be brief."])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n"))
+    chat.main()
+    said = capsys.readouterr()
+    assert "note: --system: the model's chat template does not take it: The mistral format has no" in said.err
+    assert "model: " in said.out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--max_new_tokens", "0"], "at least 1"),
+        (["--temperature", "-1"], "0 or more"),
+        (["--prompt", " "], "is empty"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_model_loads(monkeypatch, capsys, options, expected):
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", "none", *options])
+    with pytest.raises(SystemExit):
+        chat.main()
+    assert expected in capsys.readouterr().err

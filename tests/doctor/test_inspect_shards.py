@@ -24,7 +24,7 @@ from llava_next.data.format.writer import ShardWriter
 from llava_next.data.loading.loader import LoaderOptions, build_loader
 from llava_next.data.storage.client import Storage
 from llava_next.training.checkpoints.mirror import MANIFEST
-from llava_next.training.checkpoints.recovery import FORMAT, checkpoint_name
+from llava_next.training.checkpoints.recovery import FORMAT, checkpoint_name, state_checksum
 from llava_next.training.setup import load_parts
 from support.builds import Result, call
 from support.demo import compose_demo
@@ -337,7 +337,8 @@ def test_step_of_a_run_whose_plan_changed_is_of_what_was_left(root, tmp_path):
         f"model: {root / 'model'}\nrun_dir: {tmp_path}\ndata:\n  sources: {root / 'good'}\n"
     )
     before = tool.open_data(tool.parse_arguments(arguments)).mixture  # steps of 8
-    manifest = {"format": FORMAT, "files": {}, "state": {**before.state(), "step": 1, "counters": {}}}
+    state = {**before.state(), "step": 1, "counters": {}}
+    manifest = {"format": FORMAT, "files": {}, "state": state, "state_crc32": state_checksum(state)}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     assert "batch_size: 8 -> 4" in run(*arguments, "--data.batch_size", 4).stderr
     listed = []

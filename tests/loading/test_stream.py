@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from llava_next.data.loading.feed import Feed
-from llava_next.data.loading.loader import LoaderOptions, build_loader
+from llava_next.data.loading.loader import STOP_SIGNALS, LoaderOptions, build_loader
 from llava_next.data.plan.mixture import Mixture
 from llava_next.data.storage.cache import Cache
 from llava_next.data.storage.client import Storage, StorageError
@@ -216,8 +216,8 @@ def shared_memory(processes: list[psutil.Process]) -> set[Path]:
 
 
 def test_signals_do_not_reach_workers_and_a_killed_rank_leaves_nothing(demo, tmp_path, request):
-    """Ctrl-C and SIGTERM for the whole job leave the loading to the rank; after SIGKILL of the rank no process, file,
-    socket or shared memory of it is left."""
+    """Ctrl-C, SIGTERM and SIGHUP for the whole job leave the loading to the rank; after SIGKILL of the rank no process,
+    file, socket or shared memory of it is left."""
     temporary = Path(tempfile.mkdtemp())  # a socket's path has about 100 characters at most
     request.addfinalizer(lambda: shutil.rmtree(temporary))
     script = f"""
@@ -243,8 +243,10 @@ if __name__ == "__main__":
     assert any("sem." in path.name for path in shared) and list(temporary.iterdir())
     for process in family:
         if "resource_tracker" not in " ".join(process.cmdline()):
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGINT)
+            mask = Path(f"/proc/{process.pid}/status").read_text().split("SigBlk:")[1].split()[0]
+            for number in STOP_SIGNALS:  # blocked from birth: there is no moment in which they would end a worker
+                assert int(mask, 16) >> (number - 1) & 1
+                process.send_signal(number)
     while lines(tmp_path / "rank0")[-1]["step"] < 10:  # beyond all that was loaded ahead
         assert rank.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

@@ -1,5 +1,6 @@
 """Starts worker scripts the way users start a run: `accelerate launch` with FSDP2, real processes, gloo."""
 
+import configparser
 import functools
 import json
 import os
@@ -117,6 +118,18 @@ def _wait(ranks: list[subprocess.Popen | _Forked], timeout: float) -> int:
             rank.kill()
             rank.wait()
     return next((rank.returncode for rank in ranks if rank.returncode), 0)
+
+
+def installed(folder: Path) -> str:
+    """A path for PYTHONPATH by which this project counts as installed, with the entry points of setup.cfg."""
+    about = configparser.ConfigParser()
+    about.read(ROOT / "setup.cfg")
+    made = folder / "llava_next_trainer-0.dist-info"
+    made.mkdir(parents=True, exist_ok=True)
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: llava-next-trainer\nVersion: 0\n")
+    groups = about["options.entry_points"].items()
+    (made / "entry_points.txt").write_text("".join(f"[{group}]{points}\n" for group, points in groups))
+    return f"{folder}{os.pathsep}{ROOT}"
 
 
 def command_and_environment(

@@ -113,13 +113,6 @@ def test_fifty_steps_do_not_depend_on_ranks_or_token_budget(demo, tmp_path):
     assert max(m["micro_batches"] for m in runs[0]) > 1 == max(m["micro_batches"] for m in runs[2])
 
 
-@pytest.fixture
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_update_of_a_step_that_is_not_finite_changes_no_bit(one_process):
     """Parameters, moments and step counts, with FSDP2 and the fused optimizer; the next update counts on from there."""
     torch.manual_seed(0)

@@ -1,48 +1,36 @@
 """Runs that are stopped, killed, or cannot save: what a person sees, and that nothing is lost."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from llava_next.data.storage import lease as leases
+from llava_next.data.storage.client import Storage
+from llava_next.data.storage.lease import LEASE_FILE, Lease, LeaseHeld, release_all
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
-from llava_next.training import loop
-from llava_next.training.checkpoints.recovery import complete_checkpoints
-from llava_next.training.loop import StopSignal
+from llava_next.training.checkpoints.holding import hold_run
+from llava_next.training.checkpoints.recovery import complete_checkpoints, find_resume
+from llava_next.training.recipe.config import RunConfig
 from support.demo import build_demo
-from support.launching import ROOT, command_and_environment
-from support.runs import losses
+from support.launching import ROOT, command_and_environment, installed, launch
+from support.runs import losses, read_lines
 
 KILLS = int(os.environ.get("LLAVA_NEXT_KILLS", "0"))
-
-
-def test_second_signal_exits_but_an_echo_of_the_first_does_not(monkeypatch):
-    exits, now, before = [], [100.0], [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(loop.os, "_exit", exits.append)
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    try:
-        stop = StopSignal()
-        assert not stop.asked
-        os.kill(os.getpid(), signal.SIGINT)
-        now[0] += 0.5
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked and exits == []
-        now[0] += 5
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert exits == [128 + signal.SIGTERM]
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
-            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +41,38 @@ def demo(tmp_path_factory):
     return folder
 
 
-def start(demo: Path, run: Path, *options, processes: int, **popen) -> subprocess.Popen:
-    """A launched run of scripts/finetune.py that saves after every step; what it prints goes to `run`.txt."""
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> str:
+    """The project as if it were installed: the launcher's half of it takes part."""
+    return installed(tmp_path_factory.mktemp("installed"))
+
+
+def start(demo: Path, run: Path, package: str, *options, processes: int, node: int | None = None, **popen):
+    """A launched run of scripts/finetune.py that saves after every step; what it prints goes to `run`.txt.
+
+    Args:
+        node: of two with half of the processes each, which both have to be started.
+    """
     arguments = [
         *("--config", ROOT / "scripts/recipes/digits/finetune.yaml", "--run_dir", run, "--model", demo / "base"),
         *("--data.sources", demo / "shards", "--data.batch_size", 8, "--data.max_length", 300, "--data.epochs", 1),
         *("--data.num_workers", 0, "--log_every", 1, "--checkpoint.every", 1),
     ]
     command, environment = command_and_environment("scripts/finetune.py", *arguments, *options, processes=processes)
+    if node is not None:
+        place = command.index("--main_process_port")
+        port = str(20000 + zlib.crc32(str(run).encode()) % 10000)
+        nodes = ["--num_machines", "2", "--machine_rank", str(node), "--main_process_ip", "127.0.0.1"]
+        command[place : place + 2] = [*nodes, "--main_process_port", port]
+    environment["PYTHONPATH"] += os.pathsep + package
     with open(f"{run}.txt", "a") as out:
         options = {"env": environment, "cwd": ROOT, "stdout": out, "stderr": out, "start_new_session": True}
         return subprocess.Popen(command, **options, **popen)
+
+
+def end_of(run: Path) -> str:
+    """What a person sees last."""
+    return Path(f"{run}.txt").read_text()[-3000:]
 
 
 def until_step(process: subprocess.Popen, run: Path, step: int) -> None:
@@ -85,25 +94,32 @@ def result(run: Path) -> dict[str, torch.Tensor]:
     return LlavaNextForConditionalGeneration.from_pretrained(run / "model").state_dict()
 
 
-def test_sigterm_finishes_the_step_saves_and_prints_the_command_that_goes_on(demo, tmp_path):
-    run = tmp_path / "run"
-    process = start(demo, run, "--optim.rates.vision", "null", processes=2)
+def test_stopped_runs_lose_nothing_say_one_thing_last_and_go_on(demo, package, tmp_path):
+    """Two ranks: the launcher alone is killed, then it is asked to stop, then the run is left to its end."""
+    run, options = tmp_path / "run", ("--optim.rates.vision", "null")
+    process = start(demo, run, package, *options, processes=2)
     until_step(process, run, 2)
+    with pytest.raises(LeaseHeld, match=rf"{run} is in use by another run: process \d+ on "):
+        Lease(Storage(run), "run", "").take()
     ranks = ranks_of(process)
     assert len(ranks) == 2
-    ranks[1].terminate()  # one rank is enough: all of them agree
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    first, command = stopped_at(run)
+    assert 2 <= first < 12 and len(losses(run)) == first and not (run / LEASE_FILE).exists()
+
+    process = launched(command, run, package)
+    until_step(process, run, first + 1)
+    process.terminate()
     assert process.wait(60) == 0
-    said = Path(f"{run}.txt").read_text()
-    step = int(said.split("stopped after step ")[1].split(";")[0])
-    assert 2 <= step < 12 and len(losses(run)) == step
-    assert complete_checkpoints(run / "checkpoints")[-1].name == f"step-{step:08d}"
-    command = said.split("to continue:\n")[1].splitlines()[0]
-    assert command.startswith("accelerate launch --config_file ")
-    words = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:]]
-    environment = command_and_environment("")[1]
-    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"continuing after step {step} from" in done.stdout and len(losses(run)) == 12
+    second, command = stopped_at(run)
+    assert first < second < 12 and len(losses(run)) == second
+
+    assert launched(command, run, package).wait(170) == 0, end_of(run)
+    assert f"continuing after step {second} from" in end_of(run) and len(losses(run)) == 12
+    assert end_of(run).splitlines()[-1] == f"model written to {run}/model; 10 checks made"
+    assert "Traceback" not in Path(f"{run}.txt").read_text()
     assert all(json.loads(line)["checkpoint_s"] >= 0 for line in (run / "metrics.jsonl").read_text().splitlines())
     # what is frozen came from the model that the run was started from
     state, base = result(run), LlavaNextForConditionalGeneration.from_pretrained(demo / "base").state_dict()
@@ -112,55 +128,142 @@ def test_sigterm_finishes_the_step_saves_and_prints_the_command_that_goes_on(dem
     assert not torch.equal(state["lm_head.weight"], base["lm_head.weight"].bfloat16())
 
 
-def test_checkpoint_that_cannot_be_written_ends_the_run_with_one_plain_error(demo, tmp_path):
+def stopped_at(run: Path) -> tuple[int, str]:
+    """The step that a stopped run saved, and the command that continues it: its last two lines on the screen."""
+    said, command = end_of(run).splitlines()[-2:]
+    step = int(re.fullmatch(r"stopped after step (\d+); to continue:", said)[1])
+    assert complete_checkpoints(run / "checkpoints")[-1].name == f"step-{step:08d}"
+    assert command.startswith("accelerate launch --config_file ")
+    return step, command
+
+
+def launched(command: str, run: Path, package: str) -> subprocess.Popen:
+    """Runs a command line that a run has printed."""
+    environment = command_and_environment("")[1]
+    environment["PYTHONPATH"] += os.pathsep + package
+    words = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:]]
+    with open(f"{run}.txt", "a") as out:
+        return subprocess.Popen(words, env=environment, cwd=ROOT, stdout=out, stderr=out)
+
+
+def test_stop_begins_nothing_and_what_was_due_is_done_when_the_run_goes_on(demo, tmp_path):
+    """Asked when a validation begins, and again when the checkpoint after it is saved: before an export."""
+    run = tmp_path / "run"
+    every = ["--data.validation_every", 2, "--checkpoint.every", 2, "--checkpoint.export_every", 2, "--max_steps", 4]
+    arguments = [
+        *("--config", ROOT / "scripts/recipes/digits/finetune.yaml", "--run_dir", run, "--model", demo / "base"),
+        *("--data.sources", demo / "shards", "--data.validation", demo / "shards", "--data.validation_steps", 2),
+        *("--data.batch_size", 8, "--data.max_length", 300, "--data.num_workers", 0, *every),
+    ]
+
+    def validated() -> list[int]:
+        return [line["step"] for line in read_lines(run / "validation.jsonl")]
+
+    worker = "tests/support/workers/stopped.py"
+    said = launch(worker, "loss", *arguments, processes=1).stdout
+    assert "stopped after step 2; to continue:" in said and validated() == [] and len(losses(run)) == 2
+    said = launch(worker, "save", *arguments, processes=1).stdout
+    assert "stopped after step 2; to continue:" in said and validated() == [2]
+    assert not (run / "model-step-2").exists()
+    said = launch("scripts/finetune.py", *arguments, processes=1).stdout
+    assert "model after step 2 written" in said and validated() == [2, 4] and len(losses(run)) == 4
+
+
+def test_run_whose_place_is_held_elsewhere_writes_nothing(one_process, tmp_path, monkeypatch):
+    """On another machine, which goes on renewing; by the lease of the run folder or of the checkpoints' own folder."""
+    for place in ("run", "checkpoints"):
+        storage, beats = Storage(tmp_path / place), itertools.count()
+        about = {"token": "t", "host": "node-7", "machine": "m", "process": 12, "start": "5", "since": 1.0}
+
+        def renew(seconds, storage=storage, beats=beats, about=about):  # while this machine waits
+            storage.put(LEASE_FILE, json.dumps(about | {"beat": next(beats)}).encode())
+
+        monkeypatch.setattr(leases.time, "sleep", renew)
+        renew(0)
+        config = RunConfig(run_dir=str(tmp_path / "run"))
+        config.checkpoint.dir = str(tmp_path / "checkpoints")
+        with pytest.raises(LeaseHeld, match=r"process 12 on node-7.*`touch .*/run/stop`.*--take_over"):
+            hold_run(config, find_resume(config))
+        storage.delete(LEASE_FILE)
+        release_all()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_checkpoint_that_cannot_be_written_ends_the_run_with_one_plain_error(demo, package, tmp_path):
     run = tmp_path / "run"
     largest = (200_000, 200_000)  # bytes of a file; a checkpoint's are larger
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, largest)}
-    assert start(demo, run, processes=2, **limit).wait(170) != 0
+    assert start(demo, run, package, processes=2, **limit).wait(170) == 1
     said = Path(f"{run}.txt").read_text()
-    assert said.count("error: checkpoint ") == 1 and 'finetune.py", line' not in said  # no trace of ours
+    assert said.count("error: checkpoint ") == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: checkpoint ")
     assert "step-00000001 could not be written (rank 0: [Errno 27] File too large" in said
     assert list((run / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.skipif(not KILLS, reason="takes half a minute a kill; set LLAVA_NEXT_KILLS=20 to run it")
-def test_killed_runs_end_like_one_that_was_left_alone(demo, tmp_path, capsys):
-    generator, table = random.Random(KILLS), []
-    for number, world in enumerate((1, 2, 4)):
-        whole = tmp_path / f"whole-{world}"
-        assert start(demo, whole, processes=world).wait(400) == 0
-        while len(table) < KILLS * (number + 1) // 3:
-            run = tmp_path / f"killed-{world}-{len(table)}"
-            rows = killed_run(demo, run, world, KILLS * (number + 1) // 3 - len(table), generator)
-            same_log = losses(run) == losses(whole)
-            ours, theirs = result(run), result(whole)
-            equal = same_log and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-            table += [f"{row}  {'bit-equal' if equal else 'DIFFERENT'}" for row in rows]
-            assert equal, "\n".join(table)
-    with capsys.disabled():
-        print("\nranks  seconds  step  phase         checkpoints           result", *table, sep="\n")
+@pytest.mark.skipif(not KILLS, reason="takes half a minute a kill; set LLAVA_NEXT_KILLS=30 to run it")
+def test_killed_runs_end_like_one_that_was_left_alone(demo, package, tmp_path, capsys):
+    generator, table, wholes = random.Random(KILLS), [], {}
+    kinds = itertools.cycle(("tree", "launcher", "rank", "node"))
+    while len(table) < KILLS:
+        kind, number = next(kinds), len(table)
+        world = generator.choice((2, 4) if kind == "node" else (1, 2, 4))
+        if world not in wholes:
+            wholes[world] = tmp_path / f"whole-{world}"
+            assert start(demo, wholes[world], package, processes=world).wait(400) == 0
+        run = tmp_path / f"killed-{number}"
+        rows = killed_run(demo, run, package, world, kind, min(3, KILLS - number), generator)
+        ours, theirs = result(run), result(wholes[world])
+        equal = losses(run) == losses(wholes[world]) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        table += [f"{row}  {'bit-equal' if equal else 'DIFFERENT'}" for row in rows]
+        assert equal, "\n".join(table)
+        with capsys.disabled():
+            print("", *table[-len(rows) :], sep="\n", end="", flush=True)
 
 
-def killed_run(demo: Path, run: Path, world: int, most: int, generator: random.Random) -> list[str]:
+def killed_run(
+    demo: Path, run: Path, package: str, world: int, kind: str, most: int, generator: random.Random
+) -> list[str]:
     """One run, killed up to `most` times and started again until it is done. Returns a line a kill."""
-    rows, log = [], run / "metrics.jsonl"
-    while len(rows) < most:
-        process, begin = start(demo, run, processes=world), time.monotonic()
-        done = len(log.read_text().splitlines()) if log.exists() else 0
-        if generator.random() < 0.8:
-            until_step(process, run, done + 1)
+    rows, log, nodes = [], run / "metrics.jsonl", (0, 1) if kind == "node" else (None,)
+    while True:
+        launchers = [start(demo, run, package, processes=world, node=node) for node in nodes]
+        begin, done = time.monotonic(), len(read_complete(log))
+        if len(rows) == most:
+            assert [process.wait(400) for process in launchers] == [0] * len(nodes), end_of(run)
+            return rows
+        # a launcher waits a quarter of an hour for a node that ends while they find each other: not for this table
+        if kind == "node" or generator.random() < 0.8:
+            until_step(launchers[0], run, done + 1)
             time.sleep(generator.uniform(0, 1))
         else:  # a moment in the start, which takes about that long
             time.sleep(generator.uniform(0, 12))
-        if process.poll() is None:
-            for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim = generator.choice(launchers)
+        whole = [member for process in launchers for member in tree(process)]
+        chosen = {"tree": whole, "node": tree(victim), "launcher": tree(victim)[:1], "rank": ranks_of(victim)[-1:]}
+        killed = time.monotonic()
+        for member in reversed(chosen[kind]):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        if process.wait(60) == 0:
+        statuses = [process.wait(120) for process in launchers]
+        assert psutil.wait_procs(whole, timeout=60)[1] == [], end_of(run)  # all is over, whoever was killed
+        if not any(statuses):  # it had ended before
             return rows
         names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-        steps = len(log.read_text().splitlines()) if log.exists() else 0
-        phase = "saving" if any(".tmp" in name for name in names) else "training" if steps > done else "starting"
-        short = " ".join(name.removeprefix("step-").lstrip("0") for name in names)
-        rows.append(f"{world:5}  {time.monotonic() - begin:7.2f}  {steps:4}  {phase:12}  {short:20}")
-    assert start(demo, run, processes=world).wait(400) == 0
-    return rows
+        phase = "training" if len(read_complete(log)) > done else "starting"
+        rows.append(
+            f"{kind:8}  {world:5}  {killed - begin:6.2f}  {time.monotonic() - killed:6.2f}  {phase:8}  "
+            f"{' '.join(name.removeprefix('step-').lstrip('0') for name in names):20}  {statuses}"
+        )
+
+
+def tree(process: subprocess.Popen) -> list[psutil.Process]:
+    """A launcher and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return []
+
+
+def read_complete(log: Path) -> list[str]:
+    """A log's lines, as far as it got."""
+    return log.read_text().splitlines() if log.exists() else []

@@ -185,16 +185,15 @@ def test_folder_with_a_template_of_its_own_trains_when_asked_and_keeps_it(demo, 
     monkeypatch.setattr(sys, "argv", [*arguments, "--data.keep_template", "true"])
     finetune.main(None)
     assert "template mistral" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match=r"fails \d of 10 checks"):
+    with pytest.raises(ValueError, match=r"fails \d of 10 checks"):
         report_export(folder)
     report_export(folder, keep_template=True)
 
 
-def test_unknown_key_in_a_recipe_file_is_named(tmp_path, capsys):
+def test_unknown_key_in_a_recipe_file_is_named(tmp_path):
     (tmp_path / "recipe.yaml").write_text("data:\n  max_lenght: 3\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="max_lenght"):
         parse_run(["--config", str(tmp_path / "recipe.yaml")])
-    assert "max_lenght" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(demo, tmp_path, monkeypatch, capsys):

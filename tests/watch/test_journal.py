@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
 
 from llava_next.training.recipe.config import RunConfig, Source
-from llava_next.training.watch.journal import Journal, flat
-from llava_next.training.watch.metrics import JsonLines, Progress
+from llava_next.training.watch.journal import Journal
+from llava_next.training.watch.metrics import JsonLines, Progress, flat
+from llava_next.training.watch.trackers import TrackerError, start_trackers
 from support.runs import read_lines
 
 
@@ -69,7 +70,9 @@ def start(tmp_path, monkeypatch):
         config = RunConfig(run_dir=str(tmp_path / "run"), **options)
         config.data.sources = [Source("shards")]
         (tmp_path / "run").mkdir(exist_ok=True)
-        return Journal(config, Accelerator(cpu=True), None, Progress(10, done))
+        accelerator = Accelerator(cpu=True)
+        start_trackers(config, accelerator)
+        return Journal(config, accelerator, None, Progress(10, done))
 
     def reset():
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -139,3 +142,44 @@ def test_no_line_no_file(tmp_path):
     log = JsonLines(tmp_path / "log")
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tracker_that_cannot_be_reached_is_one_line_and_the_others_go_on(start, tmp_path, monkeypatch, capsys):
+    trackers = Trackers(monkeypatch)
+
+    def unreachable(**options):
+        raise OSError("no route to\n host")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", unreachable)
+    journal = start(log_with=["wandb", "tensorboard"], log_every=1)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: wandb cannot be used (no route to host): see that WANDB_API_KEY and WANDB_BASE_")
+    assert said.count("\n") == 1 and "The run goes on without it; metrics.jsonl has everything" in said
+    journal.write(step_record(1))
+    assert trackers.scalars[1]["loss"] == 0.5
+    with pytest.raises(TrackerError, match="log_required: wandb cannot be used"):
+        start(log_with=["wandb", "tensorboard"], log_required=True)
+
+
+def test_tracker_that_fails_on_the_way_is_left_out_and_the_log_is_whole(start, tmp_path, monkeypatch, capsys):
+    trackers = Trackers(monkeypatch)
+    journal = start(log_with=["tensorboard", "wandb"], log_every=1)
+    journal.write(step_record(1))
+
+    def broken(values, step):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(journal.accelerator.trackers[1].run, "log", broken)
+    for step in (2, 3):
+        journal.write(step_record(step))
+    assert capsys.readouterr().out.count("warning: wandb cannot be used (gone)") == 1
+    assert list(trackers.scalars) == [1, 2, 3] and list(trackers.logged) == [1]
+    assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 3
+
+
+def test_changes_of_a_start_are_kept_with_their_first_step(start, tmp_path):
+    journal = start(done=3)
+    journal.changed(["data.max_length was 4096 until step 3 and is 2048 from here"])
+    journal.close()
+    (line,) = read_lines(tmp_path / "run/changes.jsonl")
+    assert line == {"step": 4, "change": "data.max_length was 4096 until step 3 and is 2048 from here"}

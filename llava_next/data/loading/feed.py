@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -14,6 +15,11 @@ from llava_next.data.loading.batch import PackedBatch
 from llava_next.data.loading.stall import StallDump
 
 READY = 8  # micro-batches that wait for the loop at most
+LOOK = 0.5  # seconds between looks at whether the wait is still wanted
+
+
+class NotWaitedFor(Exception):
+    """The caller no longer wants the step that is not there yet."""
 
 
 class Feed:
@@ -45,8 +51,20 @@ class Feed:
         return self
 
     def __next__(self) -> tuple[int, list[PackedBatch]]:
-        first = self._take()
-        return first.step, [first, *(self._take() for _ in range(first.num_micro - 1))]
+        return self.take()
+
+    def take(self, unless: Callable[[], bool] = lambda: False) -> tuple[int, list[PackedBatch]]:
+        """The next step and its micro-batches.
+
+        Args:
+            unless: asked while the step is waited for.
+
+        Raises:
+            NotWaitedFor: `unless` has become true; the rest of the step is not to be taken.
+            StopIteration: there is none.
+        """
+        first = self._take(unless)
+        return first.step, [first, *(self._take(unless) for _ in range(first.num_micro - 1))]
 
     def close(self) -> None:
         """Stops loading and ends the worker processes. Can be called again."""
@@ -54,17 +72,23 @@ class Feed:
         self._thread.join(timeout=30)
         atexit.unregister(self.close)
 
-    def _take(self) -> PackedBatch:
+    def _take(self, unless: Callable[[], bool]) -> PackedBatch:
         try:
             item = self._queue.get_nowait()
         except queue.Empty:
             with StallDump(self._dump, self._patience, lambda: [f"no micro-batch from the loader; last: {self._last}"]):
-                item = self._queue.get()
+                item = self._wait(unless)
         if isinstance(item, BaseException):
             self._put(item)  # for whoever asks again
             raise item
         self._last = f"step {item.step}, micro-batch {item.micro} of {item.num_micro}"
         return item
+
+    def _wait(self, unless: Callable[[], bool]):
+        while not unless():
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=LOOK)
+        raise NotWaitedFor
 
     def _run(self, loader: DataLoader) -> None:
         batches = None

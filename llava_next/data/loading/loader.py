@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import pickle
@@ -34,6 +35,8 @@ from llava_next.data.loading.encode import ENCODER_VARIABLE, Encoder, SharedEnco
 from llava_next.data.loading.stall import StallDump
 from llava_next.data.plan.mixture import Mixture, Request, SampleRef
 from llava_next.data.storage.client import IOStats, Storage
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,9 @@ def start_worker_server(encoder: Encoder) -> None:
     tenth of a second and share the encoder's memory. Where it runs already, it stays as it is: a worker that is to use
     another encoder loads that from its file.
 
-    It ignores SIGTERM, as its workers do: a scheduler's reaches all processes of a job, and the rank still needs them
-    to finish its step.
+    Neither it nor its workers ever see the signals that ask a job to stop: a launcher's, a scheduler's and Ctrl-C reach
+    all processes, and the rank still needs them to finish its step. They are blocked before the server exists, not
+    ignored, because what starts a worker (multiprocessing, torch) sets handlers of its own.
     """
     if not os.path.exists(_ENCODER_FILES.get(encoder, "")):
         number, path = tempfile.mkstemp(prefix="encoder-", dir=multiprocessing.util.get_temp_dir())
@@ -196,18 +200,19 @@ def start_worker_server(encoder: Encoder) -> None:
         _ENCODER_FILES[encoder] = path
     loaded = [name for name in sys.modules if name.startswith("llava_next.")]
     multiprocessing.get_context("forkserver").set_forkserver_preload([*loaded, "llava_next.data.loading.preload"])
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is ignored stays so in a new program
+    multiprocessing.resource_tracker.ensure_running()  # which the server would start, and unblock signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, by new programs too
     os.environ[ENCODER_VARIABLE] = _ENCODER_FILES[encoder]
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
         del os.environ[ENCODER_VARIABLE]
-        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
 class _WorkerInit:
-    """Runs in a new worker: signals are the rank's business, and a worker does not outlive its rank.
+    """Runs in a new worker, which does not outlive its rank.
 
     Args:
         rank_folder: the rank's folder of sockets, which it removes itself unless it is killed.
@@ -216,9 +221,6 @@ class _WorkerInit:
     rank_folder: str | None
 
     def __call__(self, worker: int) -> None:
-        # Ctrl-C and a scheduler's SIGTERM reach all processes of the job; the rank finishes its step and saves first.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
         tempfile.tempdir = self.rank_folder or tempfile.tempdir  # the worker's own sockets go with it
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 

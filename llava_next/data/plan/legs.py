@@ -92,3 +92,26 @@ def _seen(legs: list[Leg], stop_step: int, epoch: int) -> list[tuple[dict, np.nd
     offsets = np.cumsum([0, *(source.num_samples for source in leg.plan_sources)])
     source = np.searchsorted(offsets, ids, side="right") - 1
     return [(s, ids[source == number] - offsets[number]) for number, s in enumerate(leg.sources)]
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What two plans' states (see `Mixture.state`) differ in, by the configuration's keys; empty when in nothing."""
+    keys = {"epochs": "data.epochs", "batch_size": "data.batch_size", "shuffle_shards": "data.shuffle_shards"}
+    found = [
+        f"{key}: {before.get(name)!r} -> {now[name]!r}"
+        for name, key in {**keys, "seed": "seed", "format": "format of the plan"}.items()
+        if before.get(name) != now[name]
+    ]
+    old, new = before.get("sources", {}), now["sources"]
+    found += [f"data.sources: {name} is gone" for name in old if name not in new]
+    for name, source in new.items():
+        was = old.get(name)
+        if was is None:
+            found.append(f"data.sources: {name} is new")
+        elif was["repeat"] != source["repeat"]:
+            found.append(f"data.sources: repeat of {name}: {was['repeat']:g} -> {source['repeat']:g}")
+        if was is not None and was["index"] != source["index"]:
+            found.append(f"data.sources: {name} holds other data than before (its index.parquet changed)")
+    if not found and before.get("plan_hash") != now["plan_hash"]:
+        found.append(f"data.sources: another order: {', '.join(old)} -> {', '.join(new)}")
+    return found

@@ -21,7 +21,7 @@ from llava_next.data.format.dataset import DatasetInfo, check_geometry, read_inf
 from llava_next.data.format.index import Index, Location, read_index
 from llava_next.data.format.lazy_index import LazyIndex
 from llava_next.data.plan.dealing import CostModel, deal
-from llava_next.data.plan.legs import Leg, place, rest_of_epoch, split
+from llava_next.data.plan.legs import Leg, differences, place, rest_of_epoch, split
 from llava_next.data.plan.order import PLAN_FORMAT, Order, Source, num_steps, plan_hash
 from llava_next.data.storage.client import Storage
 
@@ -103,7 +103,10 @@ class Mixture:
         self._starts = np.cumsum([0, *(info.samples for info in self.infos)])
         self.samples_per_epoch = sum(source.epoch_samples for source in self.plan_sources)
         if not self.samples_per_epoch:
-            raise ValueError(f"no samples to train on in {[storage.label for storage in self.storages]}")
+            raise ValueError(
+                f"no samples to train on in {[storage.label for storage in self.storages]}: raise repeat, or build "
+                "them from other input"
+            )
         self.steps_per_epoch = num_steps(self.samples_per_epoch, batch_size)
         self.exact_lengths, self.num_too_long = self._survey()
         self._order = lru_cache(maxsize=2)(self._order_of)
@@ -172,12 +175,7 @@ class Mixture:
         Raises:
             ValueError: another plan, naming every difference, unless it is allowed; a state of another format.
         """
-        ours = self.state()
-        different = [
-            f"{key}: {state.get(key)!r} -> {ours[key]!r}"
-            for key in ours
-            if key != "legs" and state.get(key) != ours[key]
-        ]
+        different = differences(state, self.state())
         legs = [Leg(**{**leg, "sources": tuple(leg["sources"])}) for leg in state.get("legs", ())]
         if (different and not allow_changed_plan) or state.get("format") != PLAN_FORMAT or not legs:
             raise ValueError(
@@ -191,7 +189,7 @@ class Mixture:
             legs.append(self._leg(state["step"], epoch))
             kept = {source["data"] for source in legs[-1].sources}
             different += [
-                f"source {source['name']} is gone or has other shards now: what was seen of it is not left out"
+                f"data.sources: {source['name']} is gone or has other shards now: what was seen of it is not left out"
                 for source in legs[-2].sources
                 if source["data"] not in kept
             ]
@@ -214,8 +212,14 @@ class Mixture:
         self.total_steps = legs[-1].first_step + first + self.steps_per_epoch * (self.epochs - legs[-1].epoch - 1)
         if self.total_steps <= legs[-1].first_step:
             raise ValueError(
-                f"data.epochs is {self.epochs}: after {legs[-1].first_step} steps nothing of them is left to train on"
+                f"data.epochs is {self.epochs}: after {legs[-1].first_step} steps nothing of them is left to train on; "
+                "give more epochs or another run_dir"
             )
+
+    @property
+    def first_step(self) -> int:
+        """The first step of the present plan, counted from 0: steps before it were made under another."""
+        return self.legs[-1].first_step
 
     def _order_of(self, epoch: int) -> Order:
         return Order(self.plan_sources, self.seed, epoch, self.shuffle_shards)

@@ -210,6 +210,13 @@ class Storage:
             self._answer(self.address(name), lambda opened: opened.put(name, data))
         self._versions.pop(name, None)
 
+    def swap(self, name: str, data: bytes, before: bytes | None) -> bool:
+        """Writes the object `name` if it still is `before` (None: not there), see `Objects.swap`. Raises as `put`."""
+        self._check_writable(name)
+        done = self._answer(self.address(name), lambda opened: opened.swap(name, data, before))
+        self._versions.pop(name, None)
+        return done
+
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         """Name and size in bytes of every object whose name begins with `prefix`, subfolders included, sorted.
 

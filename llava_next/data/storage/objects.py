@@ -14,7 +14,15 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, GenericError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import HTTPStore, LocalStore, from_url
 
 from llava_next.data.storage.errors import RequestError, first_line
@@ -99,6 +107,28 @@ class Objects:
         """Writes an object; large ones in parts."""
         with self._translated():
             obstore.put(self._store, name, data, chunk_size=UPLOAD_PART, max_concurrency=4)
+
+    def swap(self, name: str, data: bytes, before: bytes | None) -> bool:
+        """Writes an object that still is `before` (None: that is not there); False when it is something else.
+
+        A local file is compared and then replaced; a server that knows no conditional writes is written to as `put`
+        does. Two that swap at once can then both succeed, and must look later which of them did.
+        """
+        with self._translated():
+            try:
+                mode = "create"
+                if before is not None:
+                    answer = obstore.get(self._store, name)
+                    if bytes(answer.bytes()) != before:
+                        return False
+                    version = {key: answer.meta[key] for key in ("e_tag", "version") if answer.meta.get(key)}
+                    mode = "overwrite" if self.scheme == "file" else version
+                obstore.put(self._store, name, data, mode=mode, use_multipart=False)
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                return False
+            except (NotImplementedError, NotSupportedError):
+                obstore.put(self._store, name, data)
+            return True
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Name and size in bytes of every object under `folder`, subfolders included."""

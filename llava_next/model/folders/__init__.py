@@ -6,6 +6,7 @@ dry.py: architectures that need no download
 companions.py: tokenizer, processor, chat template, generation config
 export.py: weights and config in the llava-hf layout
 check.py: a folder proven without loading its weights
+starting.py: a folder that training may start from
 
 May import: the root's files, model.forward.
 """

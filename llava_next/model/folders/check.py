@@ -8,7 +8,7 @@ weight files are read, never the tensors, so a 7B folder takes seconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, LlavaNextConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils import logging
 
 from llava_next.anyres import AnyRes
 from llava_next.model.folders.export import INDEX_NAME, file_key
@@ -56,22 +57,30 @@ class Finding:
         return f"{'ok    ' if self.ok else 'FAILED'}  {self.check:<13} {self.text}"
 
 
-def check_folder(folder: str | Path) -> list[Finding]:
+def check_folder(folder: str | Path, names: Collection[str] | None = None) -> list[Finding]:
     """Runs every check on a model folder; reads its files only, on one process.
+
+    Args:
+        names: of the checks to run; None: all.
 
     Returns:
         One finding for each check, in a fixed order. A check that cannot run, for example because a file is not
         there, has failed.
     """
-    subject = ModelFolder(Path(folder))
-    findings = []
-    for name, check in CHECKS.items():
-        try:
-            findings.append(Finding(name, True, check(subject)))
-        except Exception as error:  # whatever a damaged folder makes the libraries raise is a finding
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            findings.append(Finding(name, False, kind + " ".join(str(error).split())))
-    return findings
+    subject, verbosity = ModelFolder(Path(folder)), logging.get_verbosity()
+    logging.set_verbosity_error()  # a warning of a library about a folder is no finding
+    try:
+        return [_finding(subject, name) for name in CHECKS if names is None or name in names]
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _finding(subject: ModelFolder, name: str) -> Finding:
+    try:
+        return Finding(name, True, CHECKS[name](subject))
+    except Exception as error:  # whatever a damaged folder makes the libraries raise is a finding
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return Finding(name, False, kind + " ".join(str(error).split()))
 
 
 class ModelFolder:
@@ -189,7 +198,7 @@ def check_shapes(f: ModelFolder) -> str:
     for key, (file, shape, _) in f.tensors.items():
         if shape != f.shapes.get(key, shape):
             raise ValueError(
-                f"{file}: {key} is {shape}, config.json asks for {f.shapes[key]}: they come from different models"
+                f"{file}: {key} is {shape}, config.json asks for {f.shapes[key]}: take both from one model"
             )
     return f"{sum(torch.Size(shape).numel() for _, shape, _ in f.tensors.values()):,} parameters"
 
@@ -241,7 +250,9 @@ def check_processor(f: ModelFolder) -> str:
     if [list(p) for p in f.processor.image_processor.image_grid_pinpoints] != due["preprocessor_config.json"][
         "image_grid_pinpoints"
     ]:
-        raise ValueError("processor_config.json: holds other image_grid_pinpoints than preprocessor_config.json")
+        raise ValueError(
+            "processor_config.json: holds other image_grid_pinpoints than preprocessor_config.json: remove them there"
+        )
     return f"{size} px tiles of {vision.patch_size} px patches, {len(config.image_grid_pinpoints)} canvases, {strategy}"
 
 
@@ -262,7 +273,9 @@ def check_tokenizer(f: ModelFolder) -> str:
             f"the tokenizer has ids up to {largest}, the model {rows} rows: compose it again with this tokenizer"
         )
     if tokenizer.padding_side != "left":
-        raise ValueError("tokenizer_config.json: padding_side is not left: batched generation would go wrong")
+        raise ValueError(
+            "tokenizer_config.json: padding_side is not left, batched generation would go wrong: write left"
+        )
     if saved.get("tokenizer_class") == "TokenizersBackend" or isinstance(saved.get("extra_special_tokens"), list):
         raise ValueError(
             "tokenizer_config.json: transformers 4 cannot read a tokenizer_class TokenizersBackend or a list "

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import LlavaNextConfig, PreTrainedTokenizerBase
 
 from llava_next.model.forward.modeling import NORMALISATION
-from llava_next.templates import IMAGE_TOKEN, Template
+from llava_next.templates import IMAGE_TOKEN
 
 # Everything beside weights and config that belongs to a model folder; copied from the folder training started with.
 COMPANION_FILES = (
@@ -32,7 +32,7 @@ COMPANION_FILES = (
 
 
 def write_companions(
-    config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, template: Template, out: Path
+    config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str, out: Path
 ) -> None:
     """Writes tokenizer, processor, chat template and generation config so that transformers 4.45 to 5.x read them."""
 
@@ -41,9 +41,9 @@ def write_companions(
 
     tokenizer.save_pretrained(out)
     tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
-    write_json("tokenizer_config.json", portable_tokenizer_config(tokenizer_config, template))
-    (out / "chat_template.jinja").write_text(template.jinja)
-    write_json("chat_template.json", {"chat_template": template.jinja})
+    write_json("tokenizer_config.json", portable_tokenizer_config(tokenizer_config, chat_template))
+    (out / "chat_template.jinja").write_text(chat_template)
+    write_json("chat_template.json", {"chat_template": chat_template})
     write_json("preprocessor_config.json", image_processor_config(config))
     write_json(
         "processor_config.json",
@@ -66,7 +66,7 @@ def write_companions(
     )
 
 
-def portable_tokenizer_config(written: dict, template: Template) -> dict:
+def portable_tokenizer_config(written: dict, chat_template: str) -> dict:
     """tokenizer_config.json as transformers 5 writes it, in the words that 4.45 and later understand alike."""
     config = {key: value for key, value in written.items() if key not in ("backend", "is_local", "local_files_only")}
     # 4.49 to 4.57 take the new name for a mapping and fail on a list; 5.x knows both names
@@ -76,7 +76,7 @@ def portable_tokenizer_config(written: dict, template: Template) -> dict:
     return config | {
         "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 5 writes a name that 4.x refuses
         "processor_class": "LlavaNextProcessor",
-        "chat_template": template.jinja,
+        "chat_template": chat_template,
         # the class's own names in 4.x include token_type_ids, which no model here takes
         "model_input_names": ["input_ids", "attention_mask"],
         # True in 4.x where nothing is said: " ," is then decoded as ","

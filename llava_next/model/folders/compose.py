@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +26,28 @@ from transformers import (
 
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.model.folders.companions import write_companions
-from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, write_config, write_weights
+from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, replace_folder, write_config, write_weights
 from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
 from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
 from llava_next.templates import IMAGE_TOKEN, get_template
 
 LLM_KINDS = ("llama", "qwen2", "mistral")
 VOCABULARY_KEYS = ("embed_tokens.weight", "lm_head.weight")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # of a language model by itself
 VOCABULARY_MULTIPLE = 64  # rows of embedding and head are padded to this, as in the published checkpoints
 
 
 @dataclass
 class Part:
-    """A vision tower or a language model to compose from: its config and where its tensors come from."""
+    """A vision tower or a language model to compose from: its config and where its tensors come from.
+
+    Args:
+        notes: what a person should know of it, one a line.
+    """
 
     config: PretrainedConfig
     weights: CheckpointWeights | RandomWeights
+    notes: tuple[str, ...] = ()
 
 
 def vision_part(name: str) -> Part:
@@ -57,7 +64,8 @@ def vision_part(name: str) -> Part:
 
 
 def llm_part(name: str) -> Part:
-    """The language model of a checkpoint.
+    """The language model of a checkpoint. One that its config calls tied, with a head of its own in the files that is
+    not the embedding, is taken as untied: dropping the head would make it another model.
 
     Raises:
         ValueError: a model of another kind, a folder without config or weights.
@@ -65,7 +73,22 @@ def llm_part(name: str) -> Part:
     folder = resolve_folder(name)
     config = _read_config(folder)
     _check_kind(config, LLM_KINDS, "language models", name)
-    return Part(config, CheckpointWeights(folder))
+    weights = CheckpointWeights(folder)
+    if not (config.tie_word_embeddings and _has_own_head(weights)):
+        return Part(config, weights)
+    config.tie_word_embeddings = False
+    note = (
+        f"{name}: config.json says tie_word_embeddings: true, but {HEAD} in its files is not {EMBEDDING}: "
+        "both are taken, untied"
+    )
+    return Part(config, weights, (note,))
+
+
+def _has_own_head(weights: CheckpointWeights) -> bool:
+    """Whether there is an output head that holds other numbers than the embedding."""
+    if not {HEAD, EMBEDDING} <= weights.shapes.keys():
+        return False
+    return not torch.equal(weights.get(HEAD), weights.get(EMBEDDING))
 
 
 def _check_kind(config: PretrainedConfig, kinds: tuple[str, ...], what: str, name: str) -> None:
@@ -117,6 +140,7 @@ def compose(
     Raises:
         ValueError: parts that do not go together, a checkpoint that lacks weights, a tokenizer that lacks the
             template's special tokens, a folder that is not empty. Nothing has been written by then.
+        OSError: the folder cannot be written; nothing is left of it.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
@@ -127,10 +151,17 @@ def compose(
     template.prepare_tokenizer(tokenizer)
     config = compose_config(vision.config, llm.config, tokenizer, pinpoints)
     sources = source_of_keys(config, vision, llm)
-    out.mkdir(parents=True, exist_ok=True)
-    write_weights(composed_tensors(config, sources, seed), out, max_file_bytes, dtype)
-    write_config(config, out, dtype)
-    write_companions(config, tokenizer, template, out)
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write_weights(composed_tensors(config, sources, seed), aside, max_file_bytes, dtype)
+        write_config(config, aside, dtype)
+        write_companions(config, tokenizer, template.jinja, aside)
+        replace_folder(aside, out, out.with_name(out.name + ".old"))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return out
 
 
@@ -148,7 +179,7 @@ def compose_config(
     if pinpoints is None:
         known = {336: ORIGINAL_336, 384: ORIGINAL_384}
         if vision.image_size not in known:
-            raise ValueError(f"no published pinpoints for {vision.image_size} px tiles; give them")
+            raise ValueError(f"no published pinpoints for {vision.image_size} px tiles; give them (--pinpoints)")
         pinpoints = known[vision.image_size]
     anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints)
     rows = max(llm.vocab_size, len(tokenizer))
@@ -194,7 +225,7 @@ def source_of_keys(config: LlavaNextConfig, vision: Part, llm: Part) -> dict[str
         if key in shapes and not _fits(part.weights.shapes[name], shapes[key], key):
             raise ValueError(
                 f"{part.weights.label}: {name} is {tuple(part.weights.shapes[name])}, but its config.json asks for "
-                f"{tuple(shapes[key])}; weights and config are of two models"
+                f"{tuple(shapes[key])}; weights and config are of two models: fetch both from one"
             )
     new = {key for key in shapes if key.startswith(("multi_modal_projector.", "image_newline"))}
     # sources first and in their files' order, so that every file is opened once

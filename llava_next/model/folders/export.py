@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -72,7 +74,10 @@ class SafetensorsWriter:
 
     def _flush(self) -> None:
         path = self.folder / f"part-{len(self._files):05d}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise _os_error(error, path) from error
         # safetensors makes files that only their owner may read: as readable as their folder, which honours the umask
         path.chmod(self.folder.stat().st_mode & 0o666)
         flush_to_disk(path)
@@ -98,6 +103,12 @@ class SafetensorsWriter:
             total = sum(size for keys in self._files for size in keys.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _os_error(error: SafetensorError, path: Path) -> Exception:
+    """What the system said when safetensors could not write, which it passes on as text only."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -154,6 +165,10 @@ def save_model(
             if companions is not None:
                 copy_companions(companions, aside)
             replace_folder(aside, folder, old)
+    except Exception:
+        if is_main_process:
+            shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # a full disk needs the room
+        raise
     finally:
         for _ in gathered:
             pass

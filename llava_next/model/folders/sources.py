@@ -28,7 +28,7 @@ def resolve_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ValueError(f"{name} is neither a folder nor a hub repository (owner/name)")
+        raise ValueError(f"{name} is neither a folder nor a hub repository (owner/name): give one of them")
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -81,7 +81,9 @@ class CheckpointWeights:
                 return file_of
             if (self.folder / single).exists():
                 return dict.fromkeys(self._header(single), single)
-        raise ValueError(f"{self.folder}: no model.safetensors, no pytorch_model.bin and no index of either")
+        raise ValueError(
+            f"{self.folder}: no model.safetensors, no pytorch_model.bin and no index of either: fetch its weights"
+        )
 
     def _header(self, file: str) -> dict[str, torch.Size]:
         path = self.folder / file

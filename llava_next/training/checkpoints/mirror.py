@@ -75,7 +75,9 @@ class Mirror:
         for name, facts in manifest["files"].items():
             # a manifest is data from elsewhere: its names must not lead out of the folder
             if Path(name).name != name:
-                raise ValueError(f"{self.label}/{path.name}: {name!r} in {MANIFEST} is no file name")
+                raise ValueError(
+                    f"{self.label}/{path.name}: {name!r} in {MANIFEST} is no file name; remove this checkpoint"
+                )
             crc = 0
             with open(aside / name, "wb") as file:
                 for begin in range(0, facts["bytes"], PIECE):

@@ -8,7 +8,6 @@ loads.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -16,8 +15,10 @@ import shlex
 import shutil
 import sys
 import time
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,11 +28,12 @@ import torch.distributed as dist
 from llava_next.data.storage.client import CLOUD_SCHEMES, Storage, written_aside
 from llava_next.paths import local_path
 from llava_next.training.checkpoints.mirror import MANIFEST, Mirror
+from llava_next.training.checkpoints.same_run import check_same_run
 from llava_next.training.devices.agreement import agree
 from llava_next.training.recipe.config import RunConfig
-from llava_next.training.recipe.optim import Rates
 
-FORMAT = 2
+FORMAT = 3
+LOGS = ("metrics", "validation", "changes")
 LEFTOVERS = (".tmp", ".old")  # of a save and of a removal that a kill cut short
 SHOW_SECONDS = 15.0  # that a network file system may take to show a new file to all nodes
 
@@ -68,6 +70,8 @@ def read_manifest(path: Path) -> dict:
     except ValueError:
         raise ValueError(f"{path / MANIFEST} is damaged; resume from another checkpoint") from None
     check_format(manifest, str(path))
+    if manifest.get("state_crc32") != state_checksum(manifest["state"]):
+        raise ValueError(f"{path / MANIFEST} is damaged (a byte changed); resume from another checkpoint")
     for name, facts in manifest["files"].items():
         file = path / name
         if not file.exists() or file.stat().st_size != facts["bytes"]:
@@ -75,6 +79,11 @@ def read_manifest(path: Path) -> dict:
                 f"{file} is missing or not {facts['bytes']} bytes; the checkpoint is damaged, resume from another"
             )
     return manifest
+
+
+def state_checksum(state: dict) -> int:
+    """CRC-32 of a manifest's state, the same before it is written and after it is read."""
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -88,7 +97,10 @@ def check_format(manifest: dict, where: str) -> None:
     """Raises ValueError when another release wrote the manifest."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise ValueError(f"{where}: checkpoint format {found}, this release reads {FORMAT}")
+        raise ValueError(
+            f"{where}: checkpoint format {found}, this release reads {FORMAT}; continue "
+            "with the release that wrote it, or start anew in another run_dir"
+        )
 
 
 @dataclass
@@ -118,8 +130,11 @@ class Resume:
         """What the checkpoint says of the run: `step`, `counters`, the plan's state."""
         return self.manifest["state"]
 
-    def prepare(self, run_dir: Path) -> None:
+    def prepare(self, run_dir: Path, make: Callable[[], object] = lambda: None) -> None:
         """Lets rank 0 `put_in_order` when all ranks have chosen; they go on when all see that it is done. A collective.
+
+        Args:
+            make: called on rank 0 after that, makes the run folder's other files.
 
         Raises:
             CheckpointError: on all ranks: the folder or the URL cannot be written, a download is damaged, or the
@@ -133,10 +148,13 @@ class Resume:
         try:
             if dist.get_rank() == 0:
                 self.put_in_order(run_dir)
+                make()
                 mark.touch()
         except (OSError, ValueError) as error:
             failed += 1
-            raise CheckpointError(f"{self.folder} cannot be put in order: {error}") from error
+            raise CheckpointError(
+                f"{self.folder} cannot be put in order: {error}. See that it can be written, or give another place"
+            ) from error
         finally:
             agree(failed)
         if failed:
@@ -183,12 +201,15 @@ class Resume:
             self.mirror.check_writable()
         if self.remote:
             self.mirror.download(self.path, self.manifest)
-        for log in (run_dir / "metrics.jsonl", run_dir / "validation.jsonl", *run_dir.glob("skipped*.jsonl")):
+        for log in (*(run_dir / f"{name}.jsonl" for name in LOGS), *run_dir.glob("skipped*.jsonl")):
             drop_later_lines(log, self.state["step"])
 
 
-def find_resume(config: RunConfig) -> Resume:
+def find_resume(config: RunConfig, damaged: Sequence[Path] = ()) -> Resume:
     """The checkpoint that `checkpoint.resume` means, compared with the run's configuration.
+
+    Args:
+        damaged: checkpoints known to be damaged, which are passed over.
 
     Raises:
         ValueError: `never` with checkpoints present, a path without a complete checkpoint, or a checkpoint of another
@@ -196,7 +217,7 @@ def find_resume(config: RunConfig) -> Resume:
         StorageError: `checkpoint.dir` is a URL that cannot be read.
     """
     folder, mirror = checkpoint_places(config)
-    resume = Resume(folder, mirror)
+    resume = Resume(folder, mirror, damaged=[*damaged])
     wanted = config.checkpoint.resume
     found = checkpoint_to_resume(folder, wanted, resume.damaged)
     newest = mirror.newest() if mirror and wanted in ("auto", "never") else None
@@ -211,12 +232,12 @@ def find_resume(config: RunConfig) -> Resume:
         resume.path, resume.manifest = found, read_manifest(found)
     elif resume.damaged:
         raise ValueError(
-            f"no checkpoint in {folder} is whole ({', '.join(p.name for p in resume.damaged)}); restore the missing "
+            f"no checkpoint in {folder} is whole ({', '.join(p.name for p in resume.damaged)}); restore their "
             "files, or move these folders away to start anew"
         )
     if resume.path:
         resume.notes += [f"{p} is damaged, going back to {resume.path.name}" for p in resume.damaged]
-        check_same_run(config, resume)
+        resume.notes += check_same_run(config, resume.state, resume.path)
     return resume
 
 
@@ -241,26 +262,29 @@ def checkpoint_to_resume(folder: Path, resume: str, damaged: list[Path] | None =
     Args:
         folder: the run's checkpoint folder.
         resume: `auto`, `never` or a path.
-        damaged: takes the newer ones that `auto` had to pass over.
+        damaged: checkpoints that are passed over; takes the newer ones that `auto` had to pass over besides.
 
     Raises:
         ValueError: `never` with checkpoints present, or a path without a complete checkpoint.
     """
     put_back(folder)
     found = complete_checkpoints(folder)
+    damaged = [] if damaged is None else damaged
     if resume == "auto":
-        for path in reversed(found):
+        for path in reversed([path for path in found if path not in damaged]):
             try:
                 read_manifest(path)
                 return path
             except ValueError:
-                (damaged if damaged is not None else []).append(path)
+                damaged.append(path)
         return None
     if resume == "never":
         if found:
             raise ValueError(f"checkpoint.resume: never, but {folder} holds {found[-1].name}; choose another run_dir")
         return None
     path = Path(resume)
+    if path in damaged:
+        raise ValueError(f"checkpoint.resume: {path} is damaged; give another, or auto to take the newest whole one")
     read_manifest(path)
     later = [p for p in found if checkpoint_step(p) > checkpoint_step(path.resolve())]
     if later:
@@ -288,63 +312,6 @@ def put_back(folder: Path) -> None:
         if not old.with_suffix("").exists():
             with suppress(OSError):
                 os.replace(old, old.with_suffix(""))
-
-
-def run_facts(config: RunConfig) -> dict:
-    """What of the configuration a checkpoint must remember beside plan and counters. JSON."""
-    return {
-        "rates": asdict(config.optim.rates),
-        "model": model_fingerprint(Path(config.model)),
-        "config": asdict(config),
-    }
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Names a model folder by its config and its weight files: their sizes and samples of their bytes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for part in range(16):
-                file.seek(part * size // 16)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def check_same_run(config: RunConfig, resume: Resume) -> None:
-    """Refuses a checkpoint of another stage or of another model, and notes rates that changed.
-
-    Raises:
-        ValueError: names the difference.
-    """
-    facts, state = run_facts(config), resume.state
-    ours, theirs = facts["rates"], state["rates"]
-    if {n for n, r in ours.items() if r is not None} != {n for n, r in theirs.items() if r is not None}:
-        raise ValueError(
-            f"{resume.path} was made with {describe_rates(theirs)}; this run has {describe_rates(ours)}. It is a "
-            "checkpoint of another stage: choose another run_dir, or give the recipe it was made with"
-        )
-    if facts["model"] != state["model"]:
-        raise ValueError(
-            f"model: {config.model} is not what {resume.path} was started from (its config or weights changed). What "
-            "is frozen is not in a checkpoint and would come from another model: give the folder as it was, or choose "
-            "another run_dir"
-        )
-    before, now = state["config"]["optim"], facts["config"]["optim"]
-    for key in sorted(now):
-        if json.dumps(now[key]) != json.dumps(before.get(key)):
-            resume.notes.append(
-                f"optim.{key} was {before.get(key)} until step {state['step']} and is {now[key]} from here"
-            )
-
-
-def describe_rates(rates: dict[str, float | None]) -> str:
-    """`projector at 0.001, newline at 0.001 and llm, vision frozen`"""
-    names = asdict(Rates()).keys() & rates.keys()
-    trained = [f"{name} at {rates[name]:g}" for name in rates if name in names and rates[name] is not None]
-    frozen = [name for name in rates if name in names and rates[name] is None]
-    return ", ".join(trained) + (f" and {', '.join(frozen)} frozen" if frozen else "")
 
 
 def drop_later_lines(path: Path, step: int) -> None:

@@ -41,6 +41,7 @@ from llava_next.training.checkpoints.recovery import (
     checkpoint_step,
     complete_checkpoints,
     remove_checkpoint,
+    state_checksum,
 )
 from llava_next.training.checkpoints.sharded import Layout, rank_file, read_tensors
 from llava_next.training.recipe.config import CheckpointConfig
@@ -117,6 +118,7 @@ class Checkpoints:
         # a copy: the caller goes on counting
         state = copy.deepcopy(self.facts | state)
         manifest = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), "state": state}
+        manifest["state_crc32"] = state_checksum(state)
         if self.options.asynchronous:
             pieces = self._layout.stage(tensors)
             stood = time.monotonic() - begin

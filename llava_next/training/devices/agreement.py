@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from llava_next.data.loading.batch import PackedBatch
-from llava_next.data.loading.feed import Feed
+from llava_next.data.loading.feed import Feed, NotWaitedFor
 from llava_next.model.forward.head import chunked_targets
 
 GROUP = 8  # samples of a group in `micro_batch_mean`: one micro-batch of the original runs
@@ -114,28 +115,39 @@ def agree_on_step(
     )
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is up on one of the ranks. A collective."""
+    return bool(agree(torch.tensor([float(flag)])) > 0)
+
+
 def take_step(
-    feed: Feed, step: int, batch_size: int, stop: bool = False, unsaved: bool = False
+    feed: Feed, step: int, batch_size: int, stop: Callable[[], bool] = lambda: False, unsaved: bool = False
 ) -> tuple[list[PackedBatch], StepCounts]:
     """This rank's micro-batches of a step, and what all ranks have of it. A collective.
 
     Args:
         feed: gives the steps in their order.
         step: that is due.
-        stop, unsaved: see `agree_on_step`.
+        stop: whether this rank was asked to stop, also while it waits for its data: then it waits no longer. When one
+            rank was, none is to compute the step, whose data may be incomplete.
+        unsaved: see `agree_on_step`.
 
     Raises:
         Exception: what the loader raised, here or (as RunStopped) on another rank.
     """
     micros, error, begin = [], None, time.monotonic()
     try:
-        given, micros = next(feed)
+        given, micros = feed.take(unless=stop)
         if given != step:
             raise RuntimeError(f"the loader gave step {given} where {step} was due")
+    except NotWaitedFor:
+        pass
     except Exception as caught:
         error = caught
     waited = time.monotonic() - begin
-    counts = agree_on_step(micros, batch_size, stop, error is not None, waited, unsaved)
+    counts = agree_on_step(micros, batch_size, stop(), error is not None, waited, unsaved)
+    if counts.stop:
+        return [], counts
     if error is not None:
         raise error
     if counts.failed:

@@ -13,6 +13,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llava_next.data.storage.lease import release_all
 from llava_next.model.forward.attention import keep_loop_uncompiled
 from llava_next.training.devices.launch import check_launch, hsdp_sizes, layer_classes, layer_stacks
 
@@ -191,17 +193,26 @@ def _keep(context, operation, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def finish(accelerator: Accelerator) -> None:
-    """Ends this process with exit status 0, all ranks together, when nothing is left to do. Does not return.
+def finish(accelerator: Accelerator) -> NoReturn:
+    """Ends this process with exit status 0, all ranks together, when nothing is left to do."""
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.end_training()
+    except Exception as error:  # a tracker's: all is done and written
+        print(f"warning: a tracker could not be ended ({error}); metrics.jsonl is whole", flush=True)
+    end_process(0)
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process now; leases are given back.
 
     The interpreter's teardown is skipped: threads of torch's communication are still alive then and once in some 60
     launches aborted the process ("terminate called without an active exception"), so that a launcher reported a
     finished run as failed.
     """
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    release_all()
     sys.stdout.flush()
     sys.stderr.flush()
     if multiprocessing.parent_process() is None:  # the folder of workers' sockets, which teardown would remove
         shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
-    os._exit(0)
+    os._exit(status)

@@ -6,6 +6,7 @@ in the run folder.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_next.paths import local_path
 from llava_next.training.devices.float8 import check_float8
@@ -122,7 +123,7 @@ class CheckpointConfig:
         asynchronous: write in the background while training goes on. Takes host memory for a copy of what is saved;
             with false training waits for the disk.
         dir: where they go; default: `checkpoints` in the run folder. Machines of a run must share it. With a URL (s3,
-            gs, az) they go there as well, each when it is complete in the run folder; runs must not share a URL.
+            gs, az) they go there as well, each when it is complete in the run folder. One run at a time writes to it.
         export_every: steps between exports of the model to `model-step-N/`; 0 exports at the end only.
         resume: `auto` continues from the newest whole one, `never` starts anew (and refuses a run folder that has
             checkpoints), a path continues from that one.
@@ -170,6 +171,7 @@ class RunConfig:
         max_steps: stop after this many steps although the schedule goes on; null runs to the end.
         log_every: steps between console lines.
         log_with: trackers besides metrics.jsonl: wandb (offline with WANDB_MODE=offline), tensorboard.
+        log_required: end the run before it begins when one of them cannot be reached; otherwise it goes on without.
         hang_seconds: a rank that finishes no step for so long writes the stacks of all its threads to the run folder.
     """
 
@@ -187,6 +189,7 @@ class RunConfig:
     max_steps: int | None = None
     log_every: int = 10
     log_with: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    log_required: bool = False
     hang_seconds: float = 600.0
 
 
@@ -197,10 +200,12 @@ class Options:
     Args:
         dry_run: print the plan and stop.
         as_if: the machine that the plan is made for; None: the one at hand.
+        take_over: take the run folder from another run that holds it, which ends.
     """
 
     dry_run: bool = False
     as_if: Hardware | None = None
+    take_over: bool = False
 
 
 def run_parser(default_recipe: Path | None = None, with_recipe: bool = True) -> ArgumentParser:
@@ -212,11 +217,13 @@ def run_parser(default_recipe: Path | None = None, with_recipe: bool = True) -> 
     """
     parser = ArgumentParser(
         description="Trains a LLaVA-NeXT model.",
+        exit_on_error=False,  # one message a run, not one a rank
         usage="%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...]   (--help lists the keys)",
     )
     parser.add_argument("--config", action="config", help="YAML recipe; later options override it")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop; needs no GPU and no weights")
     parser.add_argument("--as_if", help="with --dry_run: plan for this machine, as 8xh100-80g", metavar="MACHINE")
+    parser.add_argument("--take_over", action="store_true", help="end another run that holds the run folder")
     parser.add_class_arguments(RunConfig, fail_untyped=True)
     if default_recipe is not None:
         shared = default_recipe.parents[1] / default_recipe.name
@@ -225,20 +232,25 @@ def run_parser(default_recipe: Path | None = None, with_recipe: bool = True) -> 
 
 
 def parse_run(args: list[str] | None = None, default_recipe: Path | None = None) -> tuple[RunConfig, Options]:
-    """The run's configuration, and what else was asked for. Exits with a message on an unknown key or wrong type.
+    """The run's configuration, and what else was asked for.
 
     Raises:
-        ValueError: a value that cannot work, naming the key.
+        ValueError: an unknown key, a wrong type or a value that cannot work, naming the key.
     """
     args = sys.argv[1:] if args is None else args
+    if {"-h", "--help"} & set(args) and os.environ.get("RANK", "0") != "0":
+        sys.exit(0)  # rank 0 shows it
     names_a_recipe = any(a == "--config" or a.startswith("--config=") for a in args)
     parser = run_parser(default_recipe, with_recipe=not names_a_recipe)
-    values = parser.instantiate(parser.parse_args(args)).as_dict()
+    try:
+        values = parser.instantiate(parser.parse_args(args)).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"{error}\n(--help lists the keys)") from None
     values.pop("config", None)
-    dry_run, as_if = values.pop("dry_run"), values.pop("as_if")
+    dry_run, as_if, take_over = (values.pop(name) for name in ("dry_run", "as_if", "take_over"))
     if as_if and not dry_run:
         raise ValueError(f"--as_if {as_if}: plans for another machine; add --dry_run")
-    options = Options(dry_run, parse_hardware(as_if) if as_if else None)
+    options = Options(dry_run, parse_hardware(as_if) if as_if else None, take_over)
     config = RunConfig(**values)
     _resolve_paths(config)
     config.data.sources = _sources(config.data.sources)

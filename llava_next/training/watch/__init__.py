@@ -1,10 +1,13 @@
 """What a run says about itself, and what keeps it alive.
 
-journal.py: metrics.jsonl, trackers and console
+journal.py: metrics.jsonl and console, and numbers for the trackers
+trackers.py: wandb and tensorboard, which may fail
 metrics.py: lines and numbers of it
 timing.py: seconds of the parts of a step
 health.py: skipped updates, heartbeats, garbage collection
 profile.py: traces of chosen steps
+stopping.py: why a run is to stop before its end
+launcher.py: one message at the end, through the launcher too
 
-May import: data.loading, data.plan, training.forecast, training.recipe.
+May import: data.loading, data.plan, data.storage, training.forecast, training.recipe.
 """

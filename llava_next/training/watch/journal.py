@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
 
 from llava_next.data.loading.batch import PackedBatch
 from llava_next.data.plan.mixture import Mixture
 from llava_next.training.forecast.flops import FlopsModel
 from llava_next.training.recipe.config import RunConfig
-from llava_next.training.watch.metrics import JsonLines, Progress, console_line
+from llava_next.training.watch.metrics import JsonLines, Progress, console_line, flat
+from llava_next.training.watch.trackers import track
 
 
 class Journal:
@@ -42,15 +42,10 @@ class Journal:
         run_dir, rank = Path(config.run_dir), accelerator.process_index
         self.metrics = JsonLines(run_dir / "metrics.jsonl")
         self.validation = JsonLines(run_dir / "validation.jsonl")
+        self.changes = JsonLines(run_dir / "changes.jsonl")
         # a file each: appends from several nodes to one would mix
         self.skipped = JsonLines(run_dir / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl"))
         self.bar = _Bar(progress) if self.main and sys.stdout.isatty() else None
-        if config.log_with:
-            accelerator.project_configuration.set_directories(str(run_dir))
-            accelerator.log_with = filter_trackers(list(config.log_with), str(run_dir))
-            accelerator.init_trackers(
-                "llava-next", config=flat(asdict(config)), init_kwargs={"wandb": {"name": run_dir.name, "dir": run_dir}}
-            )
 
     def holes(self, step: int, micros: Iterable[PackedBatch]) -> None:
         """Writes down the samples that this rank could not use in a step."""
@@ -66,9 +61,7 @@ class Journal:
         self.metrics.write(record)
         if record["step"] % self.config.log_every == 0 or record["step"] == self.progress.total:
             self.say(console_line(record, self.progress))
-            if self.config.log_with:
-                values = {k: v for k, v in flat(record).items() if isinstance(v, (int, float))}
-                self.accelerator.log(values, step=record["step"])
+            self._track({k: v for k, v in flat(record).items() if isinstance(v, (int, float))}, record["step"])
         if self.bar:
             self.bar.update(record)
 
@@ -78,8 +71,15 @@ class Journal:
             return
         self.validation.write({"step": step, **{f"loss/{name}": loss for name, loss in losses.items()}})
         self.say(f"step {step}: held-out loss " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-        if self.config.log_with:
-            self.accelerator.log({f"validation/{name}": loss for name, loss in losses.items()}, step=step)
+        self._track({f"validation/{name}": loss for name, loss in losses.items()}, step)
+
+    def changed(self, notes: Iterable[str]) -> None:
+        """Writes down what a start has changed of a run: `changes.jsonl`, with the first step that is done so."""
+        for note in notes if self.main else ():
+            self.changes.write({"step": self.progress.done + 1, "change": note})
+
+    def _track(self, values: dict, step: int) -> None:
+        track(self.accelerator, values, step, self.say)
 
     def derived(self, record: dict) -> dict:
         """Rates and shares that follow from a step's counts and times; speeds are per GPU where the name says so."""
@@ -127,7 +127,7 @@ class Journal:
 
     def sync(self) -> None:
         """Returns when all lines are on the disk: before a checkpoint says that their steps need not be done again."""
-        for log in (self.metrics, self.validation, self.skipped):
+        for log in (self.metrics, self.validation, self.skipped, self.changes):
             log.sync()
 
     def close(self) -> None:
@@ -135,6 +135,7 @@ class Journal:
         self.metrics.close()
         self.skipped.close()
         self.validation.close()
+        self.changes.close()
         if self.bar:
             self.bar.close()
 
@@ -179,19 +180,3 @@ def memory_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/status") as file:  # Linux's ru_maxrss may be that of the process this one was started by
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries and lists of them as one level: `data/sources/0/path`. What trackers can take."""
-    found = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float)) for v in value):
-            value = dict(enumerate(value))
-        if isinstance(value, dict):
-            found |= flat(value, f"{name}/")
-        elif isinstance(value, (list, tuple)):
-            found |= {f"{name}/{number}": v for number, v in enumerate(value)}
-        else:
-            found[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return found

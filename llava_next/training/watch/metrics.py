@@ -99,3 +99,19 @@ def console_line(record: dict, progress: Progress) -> str:
         f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
         f"data {100 * record['data_wait_share']:.0f} %  ETA {progress.eta}"
     )
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries and lists of them as one level: `data/sources/0/path`. What trackers can take."""
+    found = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float)) for v in value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            found |= flat(value, f"{name}/")
+        elif isinstance(value, (list, tuple)):
+            found |= {f"{name}/{number}": v for number, v in enumerate(value)}
+        else:
+            found[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return found

@@ -3,7 +3,8 @@
 Reads one JSON job a line from standard input and answers each with one JSON line. The modules are imported once; every
 job forks `world` processes that train from the newest checkpoint to `steps`; with `kill_after` they are killed so many
 seconds after their first step. Keys of a job: world, folder, steps, every, and optionally kill_after, `OPTIONS` of
-CheckpointConfig, width (of the layers), pause (seconds a step), fault (see `apply_fault`), environment (variables).
+CheckpointConfig, width (of the layers), pause (seconds a step), fault (see `apply_fault`), environment (variables),
+export (`full`: the end writes a model to a full disk).
 """
 
 import hashlib
@@ -17,14 +18,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from llava_next.model.folders import export
 from llava_next.training.checkpoints import recovery
-from llava_next.training.checkpoints.recovery import checkpoint_name, find_resume, run_facts
+from llava_next.training.checkpoints.exports import export_model
+from llava_next.training.checkpoints.recovery import checkpoint_name, find_resume
+from llava_next.training.checkpoints.same_run import run_facts
 from llava_next.training.checkpoints.saving import Checkpoints
 from llava_next.training.checkpoints.sharded import Layout
+from llava_next.training.checkpoints.verifying import verified
 from llava_next.training.recipe.config import CheckpointConfig, RunConfig
 from llava_next.training.watch.metrics import JsonLines
 
@@ -72,6 +78,12 @@ def apply_fault(fault: str, checkpoints: Checkpoints, rank: int, step: int) -> N
             os.setuid(65534)  # root may write anywhere
 
 
+def full_disk(tensors: dict, path: Path, **_) -> None:
+    """What safetensors does when the disk is full."""
+    path.write_bytes(b"half of it")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 def train(job: dict, rank: int) -> dict:
     folder, world, width = Path(job["folder"]), job["world"], job.get("width", 32)
     run_dir = folder
@@ -80,10 +92,11 @@ def train(job: dict, rank: int) -> dict:
         run_dir.mkdir(parents=True, exist_ok=True)
     options = CheckpointConfig(**{name: job[name] for name in OPTIONS if name in job})
     config = RunConfig(model=str(folder / "base"), run_dir=str(run_dir), checkpoint=options)
-    resume = find_resume(config)
+    said = []
+    resume = verified(config, find_resume(config), lambda state: [], said.append)
     resume.prepare(run_dir)
     model, optimizer = build(width, world)
-    said, begun = [], resume.state["step"]
+    begun = resume.state["step"]
     checkpoints = Checkpoints(resume.folder, model, optimizer, options, run_facts(config), resume.mirror, said.append)
     if resume.path:
         checkpoints.load(resume.path)
@@ -105,6 +118,10 @@ def train(job: dict, rank: int) -> dict:
             checkpoints.save(step + 1, {"step": step + 1, "counters": {}})
             waited += checkpoints.take_stalled()
     checkpoints.close()
+    if job.get("export") == "full":
+        export.save_file = full_disk
+        export.write_config = export.file_key = lambda *arguments: "any"
+        export_model(model, run_dir / "model", folder / "base", checkpoints.folder)
     weights = [p.detach().full_tensor().numpy().tobytes() for p in model.parameters()]
     digest = hashlib.sha256(b"".join(weights)).hexdigest()
     return {"digest": digest, "begun": begun, "waited": waited, "random": random_before, "said": said}

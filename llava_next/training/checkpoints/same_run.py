@@ -1,0 +1,110 @@
+"""Whether a checkpoint is one of this run: the same parts trained from the same model; and what changed on the way.
+
+What may differ without a word is listed (`FREE`); every other key of the configuration that differs is noted, so that
+nothing that changes what is learned changes silently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.optim import Rates
+from llava_next.training.watch.metrics import flat
+
+# Where a run lies, how fast it goes, what it tells: none of it changes what is learned.
+RUN_KEYS = ("model", "run_dir", "max_steps", "log_every", "log_with", "log_required", "hang_seconds")
+RUN_KEYS += ("checkpoint", "profile", "activation_checkpointing")
+DATA_KEYS = ("token_budget", "tile_budget", "num_workers", "reads_in_flight", "cache_dir", "cache_gb", "stall_seconds")
+DATA_KEYS += ("max_skip_share", "validation", "validation_every", "validation_steps")
+FREE = (*RUN_KEYS, *(f"data.{key}" for key in DATA_KEYS))
+# These make the plan, whose own differences are refused or told (see `Mixture.resume`).
+PLAN = ("seed", "data.sources", "data.epochs", "data.batch_size", "data.shuffle_shards", "data.allow_changed_plan")
+
+
+def run_facts(config: RunConfig) -> dict:
+    """What of the configuration a checkpoint must remember beside plan and counters. JSON."""
+    return {
+        "rates": asdict(config.optim.rates),
+        "model": model_fingerprint(Path(config.model)),
+        "tokenizer": tokenizer_fingerprint(Path(config.model)),
+        "precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "config": asdict(config),
+    }
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Names a model folder by its config and its weight files: their sizes and samples of their bytes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(part * size // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Names the tokenizer of a model folder by what makes its ids; empty when there is no tokenizer.json."""
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+
+
+def check_same_run(config: RunConfig, state: dict, path: Path) -> list[str]:
+    """Refuses a checkpoint of another stage or of another model.
+
+    Args:
+        state: of the checkpoint `path`.
+
+    Returns:
+        What has changed since, of all that changes what is learned, one a line.
+
+    Raises:
+        ValueError: names the difference.
+    """
+    facts = run_facts(config)
+    ours, theirs = facts["rates"], state["rates"]
+    if {n for n, r in ours.items() if r is not None} != {n for n, r in theirs.items() if r is not None}:
+        raise ValueError(
+            f"{path} was made with {describe_rates(theirs)}; this run has {describe_rates(ours)}. It is a "
+            "checkpoint of another stage: choose another run_dir, or give the recipe it was made with"
+        )
+    if facts["model"] != state["model"]:
+        raise ValueError(
+            f"model: {config.model} is not what {path} was started from (its config or weights changed). What "
+            "is frozen is not in a checkpoint and would come from another model: give the folder as it was, or choose "
+            "another run_dir"
+        )
+    before = options_of(state["config"]) | {"launch file's mixed_precision": state["precision"]}
+    now = options_of(facts["config"]) | {"launch file's mixed_precision": facts["precision"]}
+    notes = [
+        f"{key} was {before.get(key)} until step {state['step']} and is {now.get(key)} from here"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key)
+    ]
+    if facts["tokenizer"] != state["tokenizer"]:
+        notes.append(f"the tokenizer of {config.model} is another one than until step {state['step']}")
+    return notes
+
+
+def options_of(config: dict) -> dict:
+    """Key -> value of what changes what is learned, of a configuration as nested dictionaries."""
+    values = {name.replace("/", "."): value for name, value in flat(config).items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if not any(name == key or name.startswith(f"{key}.") for key in (*FREE, *PLAN))
+    }
+
+
+def describe_rates(rates: dict[str, float | None]) -> str:
+    """`projector at 0.001, newline at 0.001 and llm, vision frozen`"""
+    names = asdict(Rates()).keys() & rates.keys()
+    trained = [f"{name} at {rates[name]:g}" for name in rates if name in names and rates[name] is not None]
+    frozen = [name for name in rates if name in names and rates[name] is None]
+    return ", ".join(trained) + (f" and {', '.join(frozen)} frozen" if frozen else "")
