@@ -28,6 +28,7 @@ from llava_next.training.loop import Trainer
 from llava_next.training.recipe.config import RunConfig, parse_run, save_run
 from llava_next.training.setup import (
     build_model,
+    check_cut,
     empty_model,
     load_parts,
     open_feed,
@@ -51,6 +52,7 @@ def main(default_recipe: Path) -> None:
         resume = find_resume(config)
         changes = mixture.resume(resume.state, config.data.allow_changed_plan) if resume.path else []
         if not options.dry_run:
+            check_cut(config, mixture)
             check_launch(lambda: empty_model(parts))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

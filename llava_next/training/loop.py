@@ -32,7 +32,7 @@ from llava_next.training.watch.metrics import duration
 from llava_next.training.watch.profile import StepProfiler
 from llava_next.training.watch.timing import StepTimer
 
-COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "skipped_steps", "retries")
+COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "unsupervised", "skipped_steps", "retries")
 
 
 class StopSignal:
@@ -235,7 +235,7 @@ class Trainer:
         self._beside += time.monotonic() - begin
 
     def _after_step(self, counts: StepCounts) -> None:
-        for name in ("samples", "tokens", "holes", "truncated"):
+        for name in ("samples", "tokens", "holes", "truncated", "unsupervised"):
             self.counters[name] += counts.counts[name]
         self.counters["supervised"] += int(counts.supervised.sum())
         self.counters["retries"] += counts.io["retries"]
@@ -249,6 +249,7 @@ class Trainer:
                 f"{self.config.data.max_skip_share}; see {self.run_dir}/skipped*.jsonl for each one's reason"
             )
         last = self.step == self.last_step
+        self._report_unsupervised(counts, last)
         if self.validation and (self._is_due(self.config.data.validation_every) or last):
             self._settle()
             with self._beside_the_step():
@@ -260,6 +261,20 @@ class Trainer:
             self._settle()
             with self._beside_the_step():
                 self._export()
+
+    def _report_unsupervised(self, counts: StepCounts, last: bool) -> None:
+        """Says when a step had no target. Raises RunStopped at the end of a run that never had one."""
+        if not counts.supervised.any():
+            self.journal.say(
+                f"step {self.step}: none of its {counts.counts['samples']} samples has a supervised token, its loss of 0 "
+                f"means nothing; {counts.counts['truncated']} were cut at data.max_length {self.config.data.max_length}"
+            )
+        if last and not self.counters["supervised"]:
+            raise RunStopped(
+                f"no sample of the run had a supervised token, so nothing was learnt and no model is written; "
+                f"{self.counters['truncated']} of {self.counters['samples']} samples were cut at data.max_length "
+                f"{self.config.data.max_length}: raise it, or look at the answers with data_tools/inspect_shards.py"
+            )
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
