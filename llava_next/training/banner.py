@@ -163,7 +163,7 @@ def cut_lines(mixture: Mixture) -> list[str]:
         return []
     share = mixture.num_all_cut / sum(info.samples for info in mixture.infos)
     return [
-        f"  warning  {mixture.num_all_cut:,} samples ({share:.2%}) teach nothing: their pictures alone fill the length; "
+        f"  warning  {mixture.num_all_cut:,} samples ({share:.2%}) teach nothing: their pictures fill the length; "
         f"{mixture.length_for_most:,} tokens keep 99 % of the samples with pictures whole"
     ]
 

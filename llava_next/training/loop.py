@@ -266,8 +266,9 @@ class Trainer:
         """Says when a step had no target. Raises RunStopped at the end of a run that never had one."""
         if not counts.supervised.any():
             self.journal.say(
-                f"step {self.step}: none of its {counts.counts['samples']} samples has a supervised token, its loss of 0 "
-                f"means nothing; {counts.counts['truncated']} were cut at data.max_length {self.config.data.max_length}"
+                f"step {self.step}: none of its {counts.counts['samples']} samples has a supervised token, its loss "
+                f"of 0 means nothing; {counts.counts['truncated']} were cut at data.max_length "
+                f"{self.config.data.max_length}"
             )
         if last and not self.counters["supervised"]:
             raise RunStopped(
