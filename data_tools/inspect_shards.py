@@ -24,9 +24,9 @@ from llava_next.data.format.tar import one_line
 from llava_next.data.storage.client import Storage, written_aside
 from llava_next.paths import local_path
 from llava_next.training.recipe.config import RunConfig, parse_run
-from llava_next.training.setup import Parts, load_parts, open_mixture
+from llava_next.training.setup import Parts, load_parts, open_mixture, read_model_config
 
-RECIPES = Path(__file__).parents[1] / "scripts/recipes/vicuna-7b"
+RECIPES = Path(__file__).resolve().parents[1] / "scripts/recipes"
 
 
 def load_run(options: argparse.Namespace) -> tuple[RunConfig, Parts] | None:
@@ -43,8 +43,23 @@ def load_run(options: argparse.Namespace) -> tuple[RunConfig, Parts] | None:
         ("data.sources", options.url),
     ):
         given += [f"--{key}", str(value)] if value is not None else []
-    config, _ = parse_run([*given, *options.overrides], default_recipe=RECIPES / f"{stage}.yaml")
+    recipe = RECIPES / "vicuna-7b" / f"{stage}.yaml"
+    if options.config is None:
+        recipe = fitting_recipe(options.template, read_model_config(options.model), stage)
+        print(f"assumed: the recipe {recipe.relative_to(RECIPES.parents[1])}; --config names another")
+    config, _ = parse_run([*given, *options.overrides], default_recipe=recipe)
     return config, load_parts(config)
+
+
+def fitting_recipe(template: str | None, model_config, stage: str) -> Path:
+    """The recipe of scripts/recipes that fits a model: its family by template or language model, its tower by kind."""
+    text = model_config.text_config
+    families = {"vicuna_v1": "vicuna-7b", "mistral": "mistral-7b", "llama_3": "llama3-8b", "qwen": "qwen2-7b"}
+    by_kind = {"qwen2": "qwen2-7b", "mistral": "mistral-7b"}
+    llama = "llama3-8b" if text.vocab_size > 100_000 else "vicuna-7b"
+    family = families.get(template) or by_kind.get(text.model_type, llama)
+    tower = "-siglip" if "siglip" in model_config.vision_config.model_type else ""
+    return RECIPES / f"{family}{tower}" / f"{stage}.yaml"
 
 
 def open_data(options: argparse.Namespace) -> survey.Training | None:

@@ -32,6 +32,7 @@ from llava_next.training.readiness import check_ready, keep_companions
 from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
 from llava_next.training.setup import (
     build_model,
+    check_cut,
     empty_model,
     load_parts,
     open_feed,
@@ -68,6 +69,7 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         if resume.path:
             resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
         if not options.dry_run:
+            check_cut(config, mixture)
             check_launch(lambda: empty_model(parts))
             resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:

@@ -151,12 +151,24 @@ def data_lines(config: RunConfig, mixture: Mixture, dealt: Dealt) -> list[str]:
     earlier = f" (the first {mixture.first_step:,} under another plan)" if mixture.first_step else ""
     lines += [
         f"  lengths  {exact}; {mixture.num_too_long:,} samples longer than {config.data.max_length:,} tokens are cut",
+        *cut_lines(mixture),
         f"  in all   {_count(tokens)} tokens, {_count(tiles)} tiles{seen}",
         f"steps      {steps:,} of {config.data.batch_size} samples{earlier}, "
         f"{warmup_steps(steps, config.optim.warmup_ratio):,} warm-up, cosine to 0; seed {config.seed}, "
         f"weighting {config.optim.loss_weighting}, clip {config.optim.max_grad_norm}",
     ]
     return lines
+
+
+def cut_lines(mixture: Mixture) -> list[str]:
+    """A warning when samples lose all their answers."""
+    if not mixture.num_all_cut:
+        return []
+    share = mixture.num_all_cut / sum(info.samples for info in mixture.infos)
+    return [
+        f"  warning  {mixture.num_all_cut:,} samples ({share:.2%}) teach nothing: their pictures fill the length; "
+        f"{mixture.length_for_most:,} tokens keep 99 % of the samples with pictures whole"
+    ]
 
 
 def _duration(seconds: float) -> str:

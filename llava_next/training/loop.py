@@ -31,12 +31,8 @@ from llava_next.training.watch.profile import StepProfiler
 from llava_next.training.watch.stopping import StopRequest
 from llava_next.training.watch.timing import StepTimer
 
-COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "skipped_steps", "retries")
-DUE = (
-    "validation",
-    "checkpoint",
-    "export",
-)  # after a step, in this order: what the logs say of a step is saved with it
+COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "unsupervised", "skipped_steps", "retries")
+DUE = ("validation", "checkpoint", "export")  # after a step, in this order: what the logs say of it is saved with it
 
 
 class Trainer:
@@ -229,7 +225,7 @@ class Trainer:
 
     def _after_step(self, counts: StepCounts) -> bool:
         """Counts, and does what is due. Returns False when the run was asked to stop before all of that was done."""
-        for name in ("samples", "tokens", "holes", "truncated"):
+        for name in ("samples", "tokens", "holes", "truncated", "unsupervised"):
             self.counters[name] += counts.counts[name]
         self.counters["supervised"] += int(counts.supervised.sum())
         self.counters["retries"] += counts.io["retries"]
@@ -244,6 +240,7 @@ class Trainer:
                 "Mend the data, or raise that share, and start again"
             )
         last, checkpoint = self.step == self.last_step, self.config.checkpoint
+        self._report_unsupervised(counts, last)
         wanted = {
             "validation": self.validation and (self._is_due(self.config.data.validation_every) or last),
             "checkpoint": self._is_due(checkpoint.every) or last,
@@ -251,6 +248,23 @@ class Trainer:
         }
         self.due = [name for name in DUE if wanted[name]]
         return self._do_due()
+
+    def _report_unsupervised(self, counts: StepCounts, last: bool) -> None:
+        """Says when a step had no target. Raises RunStopped at the end of a run that never had one."""
+        if not counts.supervised.any():
+            self.journal.say(
+                f"step {self.step}: none of its {counts.counts['samples']} samples has a supervised token, its loss "
+                f"of 0 means nothing; {counts.counts['truncated']} were cut at data.max_length "
+                f"{self.config.data.max_length}"
+            )
+        if last and not self.counters["supervised"]:
+            self._settle()
+            self.checkpoints.wait()
+            raise RunStopped(
+                f"no sample of the run had a supervised token, so nothing was learnt and no model is written; "
+                f"{self.counters['truncated']} of {self.counters['samples']} samples were cut at data.max_length "
+                f"{self.config.data.max_length}: raise it, or look at the answers with data_tools/inspect_shards.py"
+            )
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

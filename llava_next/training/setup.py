@@ -53,13 +53,9 @@ class Parts:
     made: list[str] = field(default_factory=list)
 
 
-def load_parts(config: RunConfig) -> Parts:
-    """Reads config and tokenizer of the model folder.
-
-    Raises:
-        ValueError: not a LLaVA-NeXT folder, or one whose chat template is not the one to be trained.
-    """
-    folder = Path(config.model)
+def read_model_config(model: str):
+    """The configuration of a LLaVA-NeXT model folder. Raises ValueError: it is not one."""
+    folder = Path(model)
     if not (folder / "config.json").exists():
         raise ValueError(
             f"model: {folder} has no config.json; make it with scripts/compose.py, or give stage 1's model/"
@@ -69,6 +65,17 @@ def load_parts(config: RunConfig) -> Parts:
         raise ValueError(
             f"model: {folder} is a {model_config.model_type!r} checkpoint; scripts/compose.py makes a LLaVA-NeXT of it"
         )
+    return model_config
+
+
+def load_parts(config: RunConfig) -> Parts:
+    """Reads config and tokenizer of the model folder.
+
+    Raises:
+        ValueError: not a LLaVA-NeXT folder, or one whose chat template is not the one to be trained.
+    """
+    folder = Path(config.model)
+    model_config = read_model_config(config.model)
     check_window(model_config.text_config, config.data.max_length)
     template = get_template(config.data.template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -105,6 +112,18 @@ def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
         shuffle_shards=data.shuffle_shards,
         cost=cost_model(parts.model_config, config.optim.rates, checkpointing_policy(config.activation_checkpointing)),
     )
+
+
+def check_cut(config: RunConfig, mixture: Mixture) -> None:
+    """Refuses a length at which too many samples lose all their answers. Raises ValueError."""
+    data, total = config.data, sum(info.samples for info in mixture.infos)
+    if mixture.num_all_cut > data.max_skip_share * total and not data.allow_cut:
+        raise ValueError(
+            f"data.max_length {data.max_length}: pictures fill it in {mixture.num_all_cut:,} of {total:,} samples "
+            f"({mixture.num_all_cut / total:.1%}), whose answers would be cut away, more than data.max_skip_share "
+            f"{data.max_skip_share}; {mixture.length_for_most:,} tokens keep 99 % of the samples with pictures whole; "
+            "--data.allow_cut true goes on as it is"
+        )
 
 
 def open_feed(config: RunConfig, parts: Parts, mixture: Mixture, rank: int, world: int, start_step: int) -> Feed:

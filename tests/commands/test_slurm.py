@@ -1,4 +1,4 @@
-"""The SLURM job: what it starts on each node; a stop saves and queues it again. srun and scontrol are stubs."""
+"""The SLURM jobs: what they start on each node; a stop saves and queues it again. srun and scontrol are stubs."""
 
 import os
 import shlex
@@ -14,6 +14,7 @@ from llava_next.training.devices.launch import hsdp_sizes
 from support.launching import ROOT
 
 JOB = ROOT / "scripts/slurm/finetune.sbatch"
+BUILD_JOB = ROOT / "scripts/slurm/build.sbatch"
 OPTIONS = ["--config", "scripts/recipes/vicuna-7b/finetune.yaml", "--run_dir", "runs/with space"]
 STUBS = {
     # one command a node, as srun does; the job gives --nodes first
@@ -111,3 +112,45 @@ def test_job_outside_of_the_repository_says_so(cluster, tmp_path):
     (tmp_path / "scripts/finetune.py").unlink()
     job = start(cluster, SLURM_JOB_NUM_NODES="1")
     assert "is not the repository" in job.communicate(timeout=60)[0] and job.returncode == 2
+
+
+def build_parts(folder, array, *options, **changes):
+    """Runs the build job once for each task of an array, as SLURM does. Returns exit statuses and outputs."""
+    own = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "3", "SLURM_ARRAY_TASK_COUNT": str(len(array))}
+    if array:
+        own |= {"SLURM_ARRAY_TASK_MIN": str(min(array)), "SLURM_ARRAY_TASK_MAX": str(max(array))}
+    results = []
+    for task in array or [None]:
+        mine = own | ({"SLURM_ARRAY_TASK_ID": str(task)} if task is not None else {})
+        command = ["bash", str(BUILD_JOB), *options]
+        done = subprocess.run(
+            command, env={**os.environ, **mine, **changes}, capture_output=True, text=True, timeout=60
+        )
+        results.append((done.returncode, done.stdout + done.stderr))
+    return results
+
+
+@pytest.fixture
+def build_folder(tmp_path):
+    """A folder whose build tool prints its arguments."""
+    (tmp_path / "data_tools").mkdir()
+    (tmp_path / "data_tools/build_shards.py").write_text("import sys\nprint('ARGS', *sys.argv[1:], sep='|')\n")
+    return tmp_path
+
+
+def test_each_task_of_the_array_builds_its_part_and_the_merge_none(build_folder):
+    results = build_parts(build_folder, [1, 2, 3], "--json", "a b.json", "--out", "x")
+    for task, (status, output) in enumerate(results, 1):
+        assert status == 0 and f"ARGS|--workers|3|--json|a b.json|--out|x|--part|{task}/3\n" in output
+    [(status, output)] = build_parts(build_folder, [], "--merge", "--out", "x")
+    assert status == 0 and "ARGS|--workers|3|--merge|--out|x\n" in output
+    [(status, output)] = build_parts(build_folder, [7], "--out", "x", PARTS="16")
+    assert status == 0 and output.endswith("--part|7/16\n")
+
+
+def test_array_that_would_leave_parts_unbuilt_is_refused(build_folder):
+    for array in ([0, 1], [1, 3], [2, 3]):
+        assert all(status == 2 and "1-n without gaps" in output for status, output in build_parts(build_folder, array))
+    (build_folder / "data_tools/build_shards.py").unlink()
+    [(status, output)] = build_parts(build_folder, [1])
+    assert status == 2 and "is not the repository" in output

@@ -3,10 +3,12 @@
 import math
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 
 import compose
+import inspect_shards
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.model.folders.dry import architecture
 from llava_next.templates import get_template
@@ -139,3 +141,15 @@ def test_one_composed_folder_serves_both_stages(model, tmp_path, monkeypatch):
         parts = load_parts(run)
         assert parts.encoder.template is get_template(run.data.template)
         assert parts.anyres == LARGEST[tower_of(model)][0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_doctor_assumes_the_recipe_that_fits_the_model(model):
+    kinds = {"vicuna-7b": ("llama", 32_000), "llama3-8b": ("llama", 128_256)}
+    kind, words = kinds.get(llm_of(model), (llm_of(model).split("-")[0], 32_000))
+    text = SimpleNamespace(model_type=kind, vocab_size=words)
+    tower = SimpleNamespace(model_type="siglip_vision_model" if tower_of(model) else "clip_vision_model")
+    config = SimpleNamespace(text_config=text, vision_config=tower)
+    for template in (None, "plain", TEMPLATES[llm_of(model)]):
+        found = inspect_shards.fitting_recipe(template, config, "finetune")
+        assert found.parent.name == model and found.exists()

@@ -108,7 +108,7 @@ class Mixture:
                 "them from other input"
             )
         self.steps_per_epoch = num_steps(self.samples_per_epoch, batch_size)
-        self.exact_lengths, self.num_too_long = self._survey()
+        self.exact_lengths, self.num_too_long, self.num_all_cut, self.length_for_most = self._survey()
         self._order = lru_cache(maxsize=2)(self._order_of)
         self._begin([self._leg()])  # sets `total_steps`: each epoch ends with a step of what is left
 
@@ -125,9 +125,14 @@ class Mixture:
         # A stretch of the order may lie in two windows.
         return info, LazyIndex(storage, info, digest, keep_shards=2 * self.shuffle_shards)
 
-    def _survey(self) -> tuple[bool, int]:
-        """Whether all lengths are exact, and how many samples are too long (estimated where the index is not held)."""
-        exact, too_long = True, 0.0
+    def _survey(self) -> tuple[bool, int, int, int]:
+        """Whether all lengths are exact; how many samples are too long; of how many the pictures alone fill the length,
+        so that nothing after them is left; and the length that keeps 99 % of the samples with pictures from that.
+
+        Counts are estimated where the index is not held. The index does not say where the first answer stands: it is
+        taken to follow the pictures, so a long question before the answer is not counted here, only in the steps.
+        """
+        exact, too_long, all_cut, pictures = True, 0.0, 0.0, []
         for info, index in zip(self.infos, self.indexes, strict=True):
             part = index
             if isinstance(index, LazyIndex):
@@ -136,9 +141,13 @@ class Mixture:
                 part = index.take(np.concatenate([np.arange(ends[k] - info.shards[k].samples, ends[k]) for k in some]))
             text, is_exact = part.text_tokens(self._fingerprint)
             exact &= is_exact and part is index
-            share = (text + part.image_tokens(self.anyres) > self.max_length).sum() / max(len(part), 1)
-            too_long += share * info.samples
-        return exact, round(too_long)
+            image = part.image_tokens(self.anyres)
+            weight = info.samples / max(len(part), 1)
+            too_long += (text + image > self.max_length).sum() * weight
+            all_cut += (image >= self.max_length).sum() * weight
+            lengths = (text + image)[image > 0]
+            pictures.append(int(np.ceil(np.quantile(lengths, 0.99))) if len(lengths) else 0)
+        return exact, round(too_long), round(all_cut), max(pictures, default=0)
 
     @property
     def names(self) -> list[str]:

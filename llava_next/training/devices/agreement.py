@@ -20,7 +20,7 @@ from llava_next.data.loading.feed import Feed, NotWaitedFor
 from llava_next.model.forward.head import chunked_targets
 
 GROUP = 8  # samples of a group in `micro_batch_mean`: one micro-batch of the original runs
-COUNTS = ("samples", "tokens", "squared_lengths", "tiles", "chunked", "truncated", "holes")
+COUNTS = ("samples", "tokens", "squared_lengths", "tiles", "chunked", "truncated", "unsupervised", "holes")
 IO = ("requests", "retries", "bytes", "cache_hits")
 
 
@@ -83,7 +83,7 @@ def agree_on_step(
     waited: float = 0.0,
     unsaved: bool = False,
 ) -> StepCounts:
-    """Sums what the ranks hold of a step: one message of B + 16 numbers.
+    """Sums what the ranks hold of a step: one message of B + 17 numbers.
 
     Args:
         micros: this rank's micro-batches.
@@ -99,7 +99,7 @@ def agree_on_step(
             supervised[torch.tensor(batch.slots)] = torch.tensor(batch.supervised, dtype=torch.float64)
         squared = int(batch.cu_seqlens.diff().double().square().sum()) if batch.slots else 0
         work = (len(batch.slots), batch.num_tokens, squared, batch.num_tiles, chunked_targets(len(batch.target_ids)))
-        counts = (*work, batch.num_truncated, len(batch.holes))
+        counts = (*work, batch.num_truncated, batch.supervised.count(0), len(batch.holes))
         sums += torch.tensor([*counts, *(batch.io.get(name, 0) for name in IO)], dtype=torch.float64)
     message = torch.cat([supervised, sums, torch.tensor([waited, stop, failed, unsaved, 1], dtype=torch.float64)])
     supervised, sums, (waited, stops, failures, lost, ranks) = agree(message).split([batch_size, len(sums), 5])

@@ -60,7 +60,9 @@ class DataConfig:
         cache_dir: local folder that keeps what was read from the network; the ranks of a node share it.
         cache_gb: size of that folder at most, in GB; what was used longest ago goes first.
         stall_seconds: without data for so long, a dump of what is in flight is written to the run folder.
-        max_skip_share: share of undecodable samples above which the run stops.
+        max_skip_share: share of undecodable samples above which the run stops, and of samples whose pictures alone fill
+            max_length, so that no answer is left, above which it does not start.
+        allow_cut: start although more samples than that lose their answers.
         validation: held-out data sets, given like sources.
         validation_every: steps between held-out losses, besides the one at the end; 0 measures at the end only.
         validation_steps: batches of the held-out data that are looked at; null takes all.
@@ -83,6 +85,7 @@ class DataConfig:
     cache_gb: float = 100.0
     stall_seconds: float = 120.0
     max_skip_share: float = 0.001
+    allow_cut: bool = False
     validation: str | list[str | Source] = field(default_factory=list)
     validation_every: int = 0
     validation_steps: int | None = None

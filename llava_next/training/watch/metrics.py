@@ -94,10 +94,11 @@ class Progress:
 
 def console_line(record: dict, progress: Progress) -> str:
     """The step as one line of text; `record` with what `Journal.derived` adds."""
+    cut = f"  {record['unsupervised']} without a target" if record.get("unsupervised") else ""
     return (
         f"step {record['step']}/{progress.total}  loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  "
         f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
-        f"data {100 * record['data_wait_share']:.0f} %  ETA {progress.eta}"
+        f"data {100 * record['data_wait_share']:.0f} %  ETA {progress.eta}{cut}"
     )
 
 
