@@ -18,7 +18,7 @@ from test_rooms import ROOMS, folder_of
 NEEDED = ["--model", "m", "--run_dir", "r", "--data.sources", "s"]
 READMES = ["README.md", *(f"{d}/README.md" for d in ("data_tools", "llava_next", "scripts", "scripts/benchmarks"))]
 # of other programs: sbatch, pip, vLLM and the like
-STRANGE_OPTIONS = {"--nodes", "--gpus-per-node"}
+STRANGE_OPTIONS = {"--nodes", "--gpus-per-node", "--array", "--dependency", "--parsable"}
 
 
 @cache
@@ -50,9 +50,12 @@ def options_of(script: str) -> set[str]:
     """Options of a command: of a training script its configuration's, else what its source and its parts add."""
     if script in ("scripts/pretrain.py", "scripts/finetune.py", "scripts/slurm/finetune.sbatch"):
         return set(run_parser(ROOT / "scripts/recipes/vicuna-7b/finetune.yaml")._option_string_actions)
+    if script == "scripts/slurm/build.sbatch":
+        return options_of("data_tools/build_shards.py") | STRANGE_OPTIONS
     parts = {"scripts/benchmark.py": "scripts/benchmarking", "data_tools/inspect_shards.py": "data_tools/doctor"}
     folder = ROOT / parts.get(script, "data_tools/building")
-    files = [ROOT / script, *(folder.glob("*.py") if script.startswith("data_tools") or script in parts else [])]
+    has_parts = script in parts or f"from {folder.name}." in (ROOT / script).read_text()
+    files = [ROOT / script, *(folder.glob("*.py") if has_parts else [])]
     found = {option for file in files for option in re.findall(r"[\"'](--\w+)[\"']", file.read_text())} | {"--help"}
     overrides = options_of("scripts/finetune.py") if script == "data_tools/inspect_shards.py" else set()
     return found | overrides
@@ -64,7 +67,9 @@ def words_wrong(words: list[str]) -> list[str]:
     script, before, after = words[place], words[:place], words[place + 1 :]
     if not (ROOT / script).exists():
         return [script]
-    given = [(word, options_of(script)) for word in after] + [(word, launch_options()) for word in before]
+    given = [(word, options_of(script)) for word in after] + [
+        (word, launch_options() | STRANGE_OPTIONS) for word in before
+    ]
     return [f"{script} {w}" for w, known in given if w.startswith("--") and w.partition("=")[0] not in known]
 
 
