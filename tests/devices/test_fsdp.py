@@ -1,5 +1,7 @@
 """Real FSDP2 on gloo processes: sharding, dealing, empty ranks change nothing; the launch file's keys have effect."""
 
+import functools
+import json
 import os
 
 import pytest
@@ -48,13 +50,46 @@ def siglip_qwen2(tmp_path_factory):
     return {tied: stock_reference(folder / str(tied), pairing_config(*names, tied)) for tied in (False, True)}
 
 
+# (number of ranks, architecture): what its launch takes a step of, as (tied or not, frozen modules)
+CASES = {
+    (1, "llama"): [(False, ())],
+    (2, "llama"): [(False, ()), (False, ("llm", "vision"))],
+    (4, "llama"): [(False, ())],
+    (1, "qwen2"): [(False, ("vision",))],
+    (2, "qwen2"): [(True, ())],
+    (4, "qwen2"): [(False, ())],
+}
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory, reference, siglip_qwen2):
+    """What the worker wrote of one step, one launch for all of `CASES`: `steps(2, "llama", frozen=("vision",))`."""
+
+    @functools.cache
+    def of(*ranks_and_model) -> dict:
+        folder, jobs = tmp_path_factory.mktemp("steps"), {}
+        for tied, frozen in CASES[ranks_and_model]:
+            model = reference if ranks_and_model[1] == "llama" else siglip_qwen2[tied]
+            jobs[tied, frozen] = (model[0], folder / f"{len(jobs)}.safetensors", frozen, "full")
+        run_worker(list(jobs.values()), ranks_and_model[0])
+        return {case: load_file(job[1]) for case, job in jobs.items()}
+
+    return lambda processes, model, tied=False, frozen=(): of(processes, model)[tied, frozen]
+
+
+def run_worker(jobs: list[tuple], processes: int = 2, config: str | None = None) -> None:
+    """Steps of (model folder, file for the result, frozen modules, checkpointing) in one launch."""
+    launch("tests/support/workers/gradients.py", json.dumps(jobs, default=str), processes=processes, config=config)
+
+
 @pytest.mark.parametrize(
     ("processes", "frozen"),
     [(1, ()), (2, ()), (4, ()), (2, ("llm", "vision"))],
     ids=["1_rank", "2_ranks_text_only_on_one", "4_ranks", "2_ranks_only_the_projector_trains"],
 )
-def test_loss_and_gradients_equal_stock_on_any_number_of_ranks(reference, tmp_path, processes, frozen):
-    result = assert_equal_to_stock(reference, tmp_path, processes, frozen)
+def test_loss_and_gradients_equal_stock_on_any_number_of_ranks(reference, steps, processes, frozen):
+    result = steps(processes, "llama", frozen=frozen)
+    assert_equal_to_stock(result, reference, frozen)
     # 3 vision and 2 decoder layers, embedding, norm with head, root: it was sharded, not replicated. Not resharded:
     # between forward and backward 4 layers hold whole weights, all but the vision layer that nobody calls
     assert (result["units"], result["mesh"].tolist()) == (8, [processes])
@@ -66,21 +101,17 @@ def test_loss_and_gradients_equal_stock_on_any_number_of_ranks(reference, tmp_pa
     [(1, ("vision",), False), (2, (), True), (4, (), False)],
     ids=["1_rank_frozen_tower", "2_ranks_tied", "4_ranks"],
 )
-def test_siglip_with_qwen2_equals_stock_on_any_number_of_ranks(siglip_qwen2, tmp_path, processes, frozen, tied):
-    result = assert_equal_to_stock(siglip_qwen2[tied], tmp_path, processes, frozen)
+def test_siglip_with_qwen2_equals_stock_on_any_number_of_ranks(siglip_qwen2, steps, processes, frozen, tied):
+    result = steps(processes, "qwen2", tied, frozen)
+    assert_equal_to_stock(result, siglip_qwen2[tied], frozen)
     assert ("grad/lm_head.weight" in result) != tied
     parameters = siglip_qwen2[tied][2]
     assert all(torch.equal(result[f"weight/{name}"], p) for name, p in parameters.items())
 
 
-def assert_equal_to_stock(
-    reference, tmp_path, processes: int, frozen: tuple[str, ...] = (), config: str | None = None, options=()
-) -> dict[str, torch.Tensor]:
-    """One step of the worker equals the stock model: loss, every gradient, gradient norm. Returns what it wrote."""
-    folder, loss, parameters = reference
-    out = tmp_path / "out.safetensors"
-    launch("tests/support/workers/gradients.py", folder, out, *frozen, *options, processes=processes, config=config)
-    result = load_file(out)
+def assert_equal_to_stock(result: dict[str, torch.Tensor], reference, frozen: tuple[str, ...] = ()) -> None:
+    """One step of the worker equals the stock model: loss, every gradient, gradient norm."""
+    _, loss, parameters = reference
     torch.testing.assert_close(result["loss"], loss, rtol=TOLERANCE, atol=TOLERANCE)
     ours = {k.removeprefix("grad/"): v for k, v in result.items() if k.startswith("grad/")}
     trained = {n for n, p in parameters.items() if p.grad is not None and p.grad.abs().max() > 0}
@@ -92,14 +123,13 @@ def assert_equal_to_stock(
         )
     norm = torch.stack([parameters[n].grad.double().norm() for n in trained]).norm()
     assert result["grad_norm"].item() == pytest.approx(norm.item(), rel=TOLERANCE)
-    return result
 
 
 def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_path):
     """bf16 on two CPU ranks: what trains and its gradients are fp32, what is frozen stays bf16; both near fp32's."""
     folder, loss, parameters = reference
     gpus, out = ROOT / "accelerate_configs/h100x8_fsdp.yaml", tmp_path / "out.safetensors"
-    launch("tests/support/workers/gradients.py", folder, out, "vision", config=str(gpus))
+    run_worker([(folder, out, ("vision",), "full")], config=str(gpus))
     result = load_file(out)
     assert result["loss"].dtype == torch.float32 and result["loss"].item() == pytest.approx(loss.item(), rel=2e-3)
     dtypes = {name: torch.bfloat16 if module_of(name) == "vision" else torch.float32 for name in parameters}
@@ -115,10 +145,8 @@ def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_
         assert gradient.norm() / exact.norm() == pytest.approx(1, abs=0.01), name
 
 
-def test_weights_broadcast_from_rank_0_arrive_bit_equal(reference, tmp_path):
-    folder, _, parameters = reference
-    launch("tests/support/workers/gradients.py", folder, tmp_path / "out.safetensors")
-    result = load_file(tmp_path / "out.safetensors")
+def test_weights_broadcast_from_rank_0_arrive_bit_equal(reference, steps):
+    parameters, result = reference[2], steps(2, "llama")
     weights = {k.removeprefix("weight/"): v for k, v in result.items() if k.startswith("weight/")}
     assert set(weights) == set(parameters)
     assert all(torch.equal(weights[n], p) for n, p in parameters.items())
@@ -143,7 +171,9 @@ def launch_yaml(folder, top=None, hsdp=None, **fsdp) -> str:
 
 def test_hsdp_on_2x2_ranks_equals_one_process(reference, tmp_path):
     config = launch_yaml(tmp_path, hsdp=(2, 2), activation_checkpointing=True, reshard_after_forward=True)
-    result = assert_equal_to_stock(reference, tmp_path, 4, config=config)
+    run_worker([(reference[0], tmp_path / "out.safetensors", (), "full")], 4, config)
+    result = load_file(tmp_path / "out.safetensors")
+    assert_equal_to_stock(result, reference)
     assert (result["units"], result["mesh"].tolist()) == (8, [2, 2])
     weights = {k.removeprefix("weight/"): v for k, v in result.items() if k.startswith("weight/")}
     assert all(torch.equal(weights[n], p) for n, p in reference[2].items())
@@ -153,13 +183,13 @@ RESHARDED = {"reshard_after_forward": True, "activation_checkpointing": True}
 
 
 @pytest.mark.parametrize(
-    ("keys", "options", "units", "gathered", "checkpointed"),
+    ("keys", "checkpointing", "units", "gathered", "checkpointed"),
     [
-        ({**RESHARDED, "cpu_ram_efficient_loading": False}, (), 8, 0, 5),
+        ({**RESHARDED, "cpu_ram_efficient_loading": False}, "full", 8, 0, 5),
         # the 3 vision layers belong to the root unit then, which is never resharded
         (
             {**RESHARDED, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
-            ("--checkpointing", "selective"),
+            "selective",
             5,
             3,
             5,
@@ -168,9 +198,12 @@ RESHARDED = {"reshard_after_forward": True, "activation_checkpointing": True}
     ids=["resharded_checkpointed", "one_layer_class_selective"],
 )
 def test_editing_the_launch_file_has_effect_and_changes_no_result(
-    reference, tmp_path, keys, options, units, gathered, checkpointed
+    reference, tmp_path, keys, checkpointing, units, gathered, checkpointed
 ):
-    result = assert_equal_to_stock(reference, tmp_path, 2, config=launch_yaml(tmp_path, **keys), options=options)
+    out = tmp_path / "out.safetensors"
+    run_worker([(reference[0], out, (), checkpointing)], config=launch_yaml(tmp_path, **keys))
+    result = load_file(out)
+    assert_equal_to_stock(result, reference)
     assert [result[name].item() for name in ("units", "gathered", "checkpointed")] == [units, gathered, checkpointed]
 
 

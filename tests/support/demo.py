@@ -33,6 +33,7 @@ def build_demo(folder: Path, samples: int) -> None:
 
 def compose_demo(out: Path, samples: Path, template: str = "mistral") -> Path:
     vision, llm = demo_configs()
+    vision.num_hidden_layers = llm.num_hidden_layers = 2  # each is a round of messages between ranks
     tokenizer = train_tokenizer(corpus_texts(json.loads(samples.read_text()), template), vocab_size=400)
     return compose(
         random_part(vision, 0), random_part(llm, 0), tokenizer, template, out, DEMO_PINPOINTS, dtype=torch.float32

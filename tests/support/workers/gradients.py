@@ -1,12 +1,13 @@
 """Run under `accelerate launch`: loss and all gradients of one step, dealt unevenly to the ranks.
 
-Usage: gradients.py MODEL_FOLDER OUT_FILE [--checkpointing POLICY] FROZEN_MODULE...
+Usage: gradients.py JOBS, a JSON list of [MODEL_FOLDER, OUT_FILE, FROZEN_MODULES, CHECKPOINTING].
 The result also says what FSDP made of the launch file: units, layers that hold whole weights after a forward,
 checkpointed layers, and in how many pieces a weight lies.
 Rank 0 gets a text-only sample and an empty micro-batch; the images are on the others (with one rank: all on it).
 """
 
-import argparse
+import json
+import sys
 
 import torch
 import torch.distributed as dist
@@ -55,9 +56,16 @@ def shape_of(model) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value) for name, value in shape.items()}
 
 
-def main(folder: str, out: str, frozen: list[str], checkpointing: str) -> None:
+def main(jobs: list[list]) -> None:
     torch.set_num_threads(1)
     accelerator = build_accelerator()
+    for job in jobs:
+        one_step(accelerator, *job)
+        accelerator.free_memory()
+    finish(accelerator)
+
+
+def one_step(accelerator, folder: str, out: str, frozen: list[str], checkpointing: str) -> None:
     dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
@@ -82,13 +90,7 @@ def main(folder: str, out: str, frozen: list[str], checkpointing: str) -> None:
             result[f"grad/{name}"] = parameter.grad.full_tensor()
     if accelerator.is_main_process:
         save_file(result, out)
-    finish(accelerator)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("out")
-    parser.add_argument("frozen", nargs="*")
-    parser.add_argument("--checkpointing", default="full")
-    main(**vars(parser.parse_args()))
+    main(json.loads(sys.argv[1]))

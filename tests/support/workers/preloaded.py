@@ -11,11 +11,27 @@ import os
 import runpy
 import sys
 
-import accelerate  # noqa: F401  imported for the ranks
+# ruff: noqa: F401  imported for the ranks
+import accelerate
+import einops
+import jsonargparse
+import obstore
+import PIL.Image
+import pyarrow.parquet
+import safetensors.torch
 import torch.distributed.checkpoint
-import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.fsdp
+import torch.distributed.tensor._ops
 import transformers.models.auto.modeling_auto
-import transformers.models.llava_next.modeling_llava_next  # noqa: F401
+import transformers.models.auto.processing_auto
+import transformers.models.clip.modeling_clip
+import transformers.models.llama.modeling_llama
+import transformers.models.llava_next.image_processing_pil_llava_next
+import transformers.models.llava_next.modeling_llava_next
+import transformers.models.llava_next.processing_llava_next
+import transformers.tokenization_mistral_common
+
+PIL.Image.init()
 
 
 def serve() -> dict:
