@@ -5,6 +5,7 @@
 # Installs again only when the pins, the package's metadata or the extras have changed. Uses `python3`, or $PYTHON.
 
 prepare_environment() {
+    unset PYTHONDONTWRITEBYTECODE  # or every process would compile all that it imports
     local extras=$1 python=${PYTHON:-python3} stamp=.venv/.installed-$1 wanted
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
         echo "Python 3.10 or newer is needed; set PYTHON to its path (found: $("$python" --version 2>&1))" >&2
@@ -16,8 +17,10 @@ prepare_environment() {
         return 0
     fi
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    echo "environment: installing into .venv (first time: about a minute and 1.5 GB; more where a GPU build is served)"
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
+    echo "environment: installing into .venv (first time: one or two minutes and 1.5 GB; more where a GPU build is served)"
+    # what is imported is compiled then, and kept: half of the time of an install goes into files that nobody imports
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile)
+    pip+=(--constraint constraints.txt)
     "${pip[@]}" setuptools wheel
     # torch first and alone: a resolver that sees it pinned and installed never looks at another build
     "${pip[@]}" torch

@@ -6,8 +6,8 @@ source scripts/environment.sh
 prepare_environment train,demo,dev
 # on no path but that of its own tests: transformers imports it in every process that finds it, half a second each
 torchao=.venv/apart/$(grep '^torchao==' constraints.txt)
-[ -d "$torchao" ] || .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target "$torchao" \
-    --constraint constraints.txt torchao
+[ -d "$torchao" ] || .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps \
+    --target "$torchao" --constraint constraints.txt torchao
 export LLAVA_NEXT_TORCHAO=$PWD/$torchao
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
