@@ -11,10 +11,14 @@ Three promises, each held by a test:
 - Up to the last answer, they are the ids of the chat rendered with `add_generation_prompt=True`: the model is asked
   what it was trained on. (Exception: an answer that starts with a line break, below.)
 - Text never becomes a special token, whatever it spells: `</s>`, `<|eot_id|>` and, in a sample without images,
-  `<image>` are tokenised as the characters they are.
+  `<image>` are tokenised as the characters they are. Only tokens that the tokenizer declares (`tokenise.DATA_TOKENS`)
+  may come from data, and then they are one id in training as at inference.
 
 The beginning-of-sequence token is in no template: the tokenizer adds it, in the processor as in training, so that
 rendering first and tokenising at once both give one. `Template.prepare_tokenizer` switches that on. (Qwen has none.)
+Where it is the token that every chat opens with anyway (`<|im_start|>` in SmolLM2), it is switched off: never two.
+
+A conversation may begin with a system prompt of its own, which takes the place of the template's.
 
 Byte-level tokenizers (LLaMA3, Qwen) join line breaks: a header's last "\\n" and an answer that starts with "\\n" share
 a token. A token that starts before the answer is not supervised, so the first line breaks of such an answer are not.
@@ -29,12 +33,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import AddedToken
 
 from llava_next.tokenise import (
+    DATA_TOKENS,
     IMAGE,
     IMAGE_TOKEN,
     Atom,
@@ -42,15 +47,16 @@ from llava_next.tokenise import (
     Special,
     assemble,
     bind,
+    cut_text,
+    data_pattern,
+    data_tokens,
     put_blank_merges_last,
     rendered_ids,
 )
+from llava_next.turns import place_images, read_system, read_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# Roles as data sets spell them
-_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 # One skeleton for all templates; the names in capitals are replaced by literals. Content is a string, where <image>
 # stands for an image, or a list of parts. A question gets the form that `place_images` gives it.
@@ -95,14 +101,6 @@ _SINGLE_IMAGE_IN_FRONT = """\
 _IMAGES_ONLY = "{%- set text = '<image>' * (text.split('<image>')|length - 1) -%}"
 
 
-class Turn(NamedTuple):
-    """A question and its answer."""
-
-    number: int  # of the human turn, counted from 1 in the conversation as given
-    question: str
-    answer: str
-
-
 @dataclass(frozen=True)
 class Template:
     """How a conversation is written for one family of language models. Immutable, picklable, without state.
@@ -143,7 +141,8 @@ class Template:
 
         Args:
             conversations: turns `{"from": "human" | "gpt", "value": text}`, or keys `role` and `content` with roles
-                `user` and `assistant`. A first turn that is not human is dropped; then human and gpt alternate.
+                `user` and `assistant`. A first one from `system` is the system prompt in place of the template's, an
+                empty one leaves that out. A next turn that is not human is dropped; then human and gpt alternate.
             tokenizer: a fast tokenizer as `prepare_tokenizer` leaves it. What is found out about it at its first use
                 is remembered: add no tokens to it afterwards.
             image_token_id: the id repeated in an image's place.
@@ -156,10 +155,11 @@ class Template:
 
         Raises:
             ValueError: roles that do not alternate, a human turn at the end (nothing would be learned from it), an
-                empty answer, another number of placeholders than of images (an image without any included), text that
-                is not Unicode, or a tokenizer that does not fit.
+                empty answer, a system prompt that the format has no place for, another number of placeholders than of
+                images (an image without any included), text that is not Unicode, or a tokenizer that does not fit.
         """
-        turns = read_turns(conversations)
+        turns, system = read_turns(conversations), read_system(conversations)
+        self.check_system(system)
         questions = place_images(turns, len(image_lengths))
         if self.caption_only:
             if len(turns) > 1 or not image_lengths:
@@ -169,8 +169,16 @@ class Template:
                 )
             questions = [[""] * len(texts) for texts in questions]
         binding = _bind(self, tokenizer, image_token_id)
-        atoms = self._atoms(questions, [turn.answer for turn in turns])
+        atoms = self._atoms(questions, [turn.answer for turn in turns], system, binding.data_tokens)
         return assemble(atoms, tokenizer, binding, image_lengths)
+
+    def check_system(self, system: str | None) -> None:
+        """Refuses a sample's own system prompt where the format has no place for one. Raises ValueError."""
+        if system and self.system_turn is None:
+            raise ValueError(
+                f"template {self.name} has no place for a system prompt, and the sample has one of its own: build with "
+                "--system drop or --system prepend"
+            )
 
     @cached_property
     def jinja(self) -> str:
@@ -196,9 +204,10 @@ class Template:
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> int:
         """Turns a language model's fast tokenizer, in place, into the one to train and save with; idempotent.
 
-        Adds `<image>`, then a padding token if there is none; lets the tokenizer add its beginning-of-sequence token;
-        makes the terminator the end token; pads on the left, for generation; sets the chat template; mends merges (see
-        `put_blank_merges_last`). Both stages train with the result: `plain` needs nothing more.
+        Adds `<image>`, then a padding token if there is none; lets the tokenizer add its beginning-of-sequence token,
+        unless chats open with it; makes the terminator the end token; pads on the left, for generation; sets the chat
+        template; mends merges (see `put_blank_merges_last`). Both stages train with the result: `plain` needs nothing
+        more.
 
         Returns:
             The id of `<image>`.
@@ -214,8 +223,9 @@ class Template:
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": AddedToken(self.pad_token, special=True, normalized=False)})
         tokenizer.eos_token = self.stop
-        if tokenizer.bos_token is not None and rendered_ids(tokenizer, "") != [tokenizer.bos_token_id]:
-            tokenizer.add_bos_token = True
+        due = self._prefix(tokenizer)
+        if rendered_ids(tokenizer, "") != due:
+            tokenizer.add_bos_token = bool(due)
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what gets saved
         tokenizer.chat_template = self.jinja
         self.check_tokenizer(tokenizer)
@@ -226,100 +236,84 @@ class Template:
 
         Raises:
             ValueError: a slow tokenizer, a missing special token, no or two beginning-of-sequence tokens, special
-                tokens that plain text can produce, or a small chat whose ids are not those of its rendered text.
+                tokens that plain text can produce, declared data tokens that are none or build chats, or a small chat
+                whose ids are not those of its rendered text.
         """
-        probe = self._atoms([["", "\nWhat is it? "], ["And \nnow?"]], [" A cat , on 2 mats.\n", "No."])
-        binding = bind(tokenizer, self.special, None if self.caption_only else list(probe))
+        declared = data_tokens(tokenizer)
+        if wrong := [token for token in declared if token in _chat_tokens(tokenizer)]:
+            raise ValueError(
+                f"data may not contain {', '.join(wrong)}, of which chats are built: take it out of {DATA_TOKENS} "
+                "(compose.py --data_tokens)"
+            )
+        pattern = data_pattern(declared)
+        questions, answers = [["", "\nWhat is it? "], ["And \nnow?"]], [" A cat , on 2 mats.\n", "No."]
+        if declared:
+            questions, answers = [*questions, ["Where?"]], [*answers, " . ".join(declared)]
+        probe = None if self.caption_only else list(self._atoms(questions, answers, None, pattern))
+        binding = bind(tokenizer, (*self.special, *declared), probe, self._prefix(tokenizer), pattern)
         _BINDINGS.setdefault(tokenizer, {})[self.name] = binding
+
+    def undeclared_tokens(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        """Special tokens that someone has added behind the model's own and that data may not contain: characters in
+        training, one token each at inference. A family's reserved ones are not meant."""
+        known, added = _chat_tokens(tokenizer), tokenizer.added_tokens_decoder
+        last = max((id for id, token in added.items() if token.content in self.special), default=-1)
+        names = [token.content for id, token in sorted(added.items()) if token.special and id > last]
+        return [name for name in names if name not in (*known, *data_tokens(tokenizer)) and "reserved" not in name]
+
+    def _prefix(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """Ids that the tokenizer must put before every text: its beginning-of-sequence token, which no chat may open
+        with then. Captions are read as the model's own chats are."""
+        begin = tokenizer.bos_token
+        chat = self
+        if self.caption_only:
+            chat = next((t for t in TEMPLATES.values() if t.jinja == tokenizer.chat_template), self)
+        openings = [chat.user[0], *(chat.system_turn or ())[:1]]
+        return [] if begin is None or all(text.startswith(begin) for text in openings) else [tokenizer.bos_token_id]
 
     @cached_property
     def _frame(self) -> tuple[list[str], ...]:
-        """The template's own strings, cut at special tokens: system, around a question, around an answer."""
+        """The template's own strings, cut at special tokens: its system turn; around another system prompt, a question,
+        an answer."""
         before, after = self.system_turn or ("", "")
         system = before + self.system + after if self.system else ""
-        strings = (system, self.user[0], self.user[1] + self.header, *self.answer)
+        strings = (system, before, after, self.user[0], self.user[1] + self.header, *self.answer)
         cuts = "(" + "|".join(map(re.escape, self.special)) + ")" if self.special else "(?!)"
         return tuple(
             [Special(part) if part in self.special else part for part in re.split(cuts, string) if part]
             for string in strings
         )
 
-    def _atoms(self, questions: Iterable[list[str]], answers: Iterable[str]) -> Iterator[Atom]:
-        """(text or special token, supervised) of the whole sample; what the data brings is always text."""
-        system, before, after, answer_before, answer_after = self._frame
+    def _atoms(
+        self, questions: Iterable[list[str]], answers: Iterable[str], own: str | None, declared: re.Pattern | None
+    ) -> Iterator[Atom]:
+        """(text or special token, supervised) of the whole sample; what the data brings is text or a declared token.
+
+        Args:
+            own: the sample's system prompt, see `read_system`.
+            declared: see `tokenise.data_pattern`.
+        """
+        system, system_before, system_after, before, after, answer_before, answer_after = self._frame
+        if own is not None:
+            system = [*system_before, *cut_text(own, declared), *system_after] if own else []
         for atom in system:
             yield atom, False
         for texts, answer in zip(questions, answers, strict=True):
-            for atom in before:
+            for atom in (*before, *cut_text(texts[0], declared)):
                 yield atom, False
-            yield texts[0], False
             for text in texts[1:]:
-                yield IMAGE, False
-                yield text, False
+                for atom in (IMAGE, *cut_text(text, declared)):
+                    yield atom, False
             for atom in after:
                 yield atom, False
-            for atom in (*answer_before, answer, *answer_after):
+            for atom in (*answer_before, *cut_text(answer, declared), *answer_after):
                 yield atom, True
 
 
-def read_turns(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
-    """Questions with their answers; a first turn that is not human is dropped, as in the original.
-
-    Raises:
-        ValueError: as `Template.encode` about roles and texts, naming the turn.
-    """
-    turns = [(number, *_read_turn(number, turn)) for number, turn in enumerate(conversations, start=1)]
-    if turns and turns[0][1] != "human":
-        turns = turns[1:]
-    if not turns:
-        raise ValueError("the conversation has no human turn: it needs a human turn and an answer")
-    for position, (number, role, value) in enumerate(turns):
-        due = ("human", "gpt")[position % 2]
-        if role != due:
-            raise ValueError(f"turn {number} is from {role!r} where {due!r} is due: human and gpt turns must alternate")
-        if role == "gpt" and not value.strip():
-            raise ValueError(f"turn {number} (gpt) is empty: remove it together with its question")
-    if len(turns) % 2:
-        raise ValueError(f"the conversation ends with turn {turns[-1][0]} (human): add its answer or remove it")
-    return [Turn(human[0], human[2], gpt[2]) for human, gpt in zip(turns[::2], turns[1::2], strict=True)]
-
-
-def place_images(turns: Sequence[Turn], n_images: int) -> list[list[str]]:
-    """Every question as the texts before, between and after its images.
-
-    With one image, its placeholder goes to the front of the stripped question (several become one), as LLaVA does it;
-    with several images placeholders stay where they are; without, they are text.
-
-    Raises:
-        ValueError: the number of placeholders is not the number of images.
-    """
-    questions = [turn.question.split(IMAGE_TOKEN) if n_images else [turn.question] for turn in turns]
-    if n_images == 1:
-        # the strip leaves the placeholder alone when the question is nothing else
-        questions = [["", f"\n{''.join(q).strip()}".rstrip()] if len(q) > 1 else q for q in questions]
-    found = [str(turn.number) for turn, texts in zip(turns, questions, strict=True) for _ in texts[1:]]
-    if len(found) != n_images:
-        where = f" (turn {', '.join(found)})" if found else ""
-        raise ValueError(
-            f"{n_images} image(s) but {len(found)} {IMAGE_TOKEN} placeholder(s) in the human turns{where}: "
-            f"write one {IMAGE_TOKEN} for each image, in the order of the images"
-        )
-    return questions
-
-
-def _read_turn(number: int, turn: Mapping[str, str]) -> tuple[str, str]:
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"turn {number} is {turn!r}: write an object with 'from' and 'value'")
-    role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(value, str):
-        raise ValueError(f"turn {number} holds {value!r} under 'value' or 'content': write a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"turn {number} holds half a surrogate pair at character {error.start}: repair the text's encoding"
-        ) from None
-    return _ROLES.get(role, role), value
+def _chat_tokens(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """Tokens that chats are built of, which no data may contain."""
+    special = {token for template in TEMPLATES.values() for token in template.special}
+    return special | {IMAGE_TOKEN, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
 
 
 # Per tokenizer and template name. Derived facts only: a new process finds them out again.

@@ -3,13 +3,15 @@
 A sample arrives as atoms: texts, special tokens and images, each flagged as supervised or not. A tokenizer that reads
 the sample as one rendered string cuts it at special tokens and images, and sees neighbouring texts as one. So do we:
 each such text is tokenised on its own, with special tokens switched off, so that a text that spells one is harmless,
-and the offsets of its tokens tell where the supervised part begins.
+and the offsets of its tokens tell where the supervised part begins. Where a tokenizer declares tokens that data may
+contain, texts are cut at these before they become atoms.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100
+# Entry of tokenizer_config.json, so of a model folder: special tokens that data may contain, one id each
+DATA_TOKENS = "data_tokens"
+RENDERING = 2  # counted up when data that is stored already gets other ids: lengths counted before are then not exact
 
 
 class Special(str):
@@ -44,6 +49,7 @@ class Binding(NamedTuple):
     anchor: str
     anchor_ids: list[int]
     known_ids: dict[str, list[int]]  # of later texts that every sample has, such as a role's name
+    data_tokens: re.Pattern | None  # see `data_pattern`
 
 
 def assemble(
@@ -96,13 +102,50 @@ def assemble(
     return input_ids, labels
 
 
-def bind(tokenizer: PreTrainedTokenizerFast, special: Sequence[str], probe: Sequence[Atom] | None) -> Binding:
+def data_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """The special tokens that data may contain, as the tokenizer declares them; it saves them and loads them again.
+
+    Raises:
+        ValueError: the entry is no list of strings.
+    """
+    declared = tokenizer.init_kwargs.get(DATA_TOKENS) or ()
+    if not isinstance(declared, list | tuple) or not all(isinstance(token, str) and token for token in declared):
+        raise ValueError(f"tokenizer_config.json: {DATA_TOKENS} is {declared!r}: write a list of special tokens")
+    return tuple(dict.fromkeys(declared))
+
+
+def listed(tokens: Sequence[str]) -> str:
+    """Tokens for a message: the first ones, and how many more."""
+    more = f" and {len(tokens) - 4} more" if len(tokens) > 4 else ""
+    return ", ".join(tokens[:4]) + more
+
+
+def data_pattern(tokens: Sequence[str]) -> re.Pattern | None:
+    """Finds declared tokens in texts as a tokenizer does: the first one, and of those that begin there the longest."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})") if tokens else None
+
+
+def cut_text(text: str, declared: re.Pattern | None) -> list[str]:
+    """A text of the data as texts and declared tokens."""
+    parts = declared.split(text) if declared else [text]
+    return [Special(part) if number % 2 else part for number, part in enumerate(parts)]
+
+
+def bind(
+    tokenizer: PreTrainedTokenizerFast,
+    special: Sequence[str],
+    probe: Sequence[Atom] | None,
+    prefix: list[int],
+    declared: re.Pattern | None,
+) -> Binding:
     """Checks a tokenizer and finds out how it treats texts in the middle of a sequence.
 
     Args:
         special: tokens that must be special besides `<image>`.
         probe: a small sample with one image, whose ids must be those of its rendered text; None: every text will be
             tokenised as if it came first.
+        prefix: ids that it must put before a text.
+        declared: see `data_pattern`.
 
     Raises:
         ValueError: as `Template.check_tokenizer`.
@@ -117,12 +160,12 @@ def bind(tokenizer: PreTrainedTokenizerFast, special: Sequence[str], probe: Sequ
             f"the tokenizer lacks the special token(s) {', '.join(missing)}: {prepare}, or choose the template of this "
             "model's family"
         )
-    prefix = rendered_ids(tokenizer, "")
-    if prefix != ([] if tokenizer.bos_token is None else [tokenizer.bos_token_id]):
-        raise ValueError(
-            f"the tokenizer adds the ids {prefix} to a text, which should be its beginning-of-sequence token "
-            f"({tokenizer.bos_token}) alone: {prepare}"
-        )
+    added = rendered_ids(tokenizer, "")
+    if added != prefix:
+        due = f"its beginning-of-sequence token ({tokenizer.bos_token}) alone"
+        if not prefix:
+            due = f"none: chats open with {tokenizer.bos_token} themselves" if tokenizer.bos_token else "none"
+        raise ValueError(f"the tokenizer adds the ids {added} to a text, which should be {due}: {prepare}")
     # transformers 5.23 can lose the space before the first word where a folder has no tokenizer.json
     pieces = tokenizer.convert_ids_to_tokens(_tokenise(tokenizer, "A  A", 0, None)[0])
     if "▁A" in tokenizer.get_vocab() and pieces != ["▁A", "▁", "▁A"]:
@@ -134,8 +177,8 @@ def bind(tokenizer: PreTrainedTokenizerFast, special: Sequence[str], probe: Sequ
     if made := [token for token, id in special_ids.items() if id in from_text]:
         raise ValueError(f"the tokenizer makes special tokens out of plain text ({', '.join(made)}): check its merges")
     if probe is None:
-        return Binding(prefix, special_ids, "", [], {})
-    return _find_anchor(tokenizer, prefix, special_ids, probe)
+        return Binding(prefix, special_ids, "", [], {}, declared)
+    return _find_anchor(tokenizer, prefix, special_ids, probe, declared)
 
 
 def rendered_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -145,7 +188,7 @@ def rendered_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:
     """Names a tokenizer with a template: text lengths counted under the same name are exact for the run."""
-    text = f"{template_name}\n{tokenizer.backend_tokenizer.to_str()}"
+    text = f"{RENDERING}\n{template_name}\n{data_tokens(tokenizer)}\n{tokenizer.backend_tokenizer.to_str()}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -165,7 +208,11 @@ def put_blank_merges_last(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _find_anchor(
-    tokenizer: PreTrainedTokenizerFast, prefix: list[int], special_ids: dict[str, int], probe: Sequence[Atom]
+    tokenizer: PreTrainedTokenizerFast,
+    prefix: list[int],
+    special_ids: dict[str, int],
+    probe: Sequence[Atom],
+    declared: re.Pattern | None,
 ) -> Binding:
     """Takes the anchor with which the probe gets the ids that the tokenizer itself gives the rendered text.
 
@@ -173,7 +220,8 @@ def _find_anchor(
     """
     rendered = rendered_ids(tokenizer, "".join(atom for atom, _ in probe))
     for anchor in ("", "\n"):
-        binding = Binding(prefix, special_ids, anchor, _tokenise(tokenizer, anchor, 0, None)[0] if anchor else [], {})
+        anchor_ids = _tokenise(tokenizer, anchor, 0, None)[0] if anchor else []
+        binding = Binding(prefix, special_ids, anchor, anchor_ids, {}, declared)
         if assemble(probe, tokenizer, binding, [1])[0].tolist() == rendered:
             texts = [atom for atom, _ in probe if not isinstance(atom, Special)]
             binding.known_ids.update({text: _tokenise(tokenizer, text, 0, binding)[0] for text in texts})

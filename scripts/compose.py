@@ -18,6 +18,8 @@ from llava_next.data.format.records import read_record
 from llava_next.model.folders import dry
 from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
 from llava_next.paths import folder_or_name, local_path
+from llava_next.templates import Template, get_template
+from llava_next.tokenise import listed
 
 sys.path.append(str(Path(__file__).parents[1] / "data_tools"))
 from building.inputs import list_json
@@ -35,6 +37,8 @@ def main() -> None:
     parser.add_argument("--scale", default="full", choices=list(dry.SCALES), help="size of a --random_init model")
     parser.add_argument("--demo", type=local_path, help="JSON file of records: build the tiny demo model for it")
     parser.add_argument("--template", default="vicuna_v1", help="chat template saved with the model")
+    about = "special tokens of the tokenizer that data may contain, e.g. '<loc_1>' '<loc_2>'; kept in the model folder"
+    parser.add_argument("--data_tokens", nargs="+", default=[], metavar="TOKEN", help=about)
     parser.add_argument("--pinpoints", type=list[tuple[int, int]] | None, help="canvases as [[height, width], ...]")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")
     parser.add_argument("--out", type=local_path, required=True, help="new model folder")
@@ -45,10 +49,10 @@ def main() -> None:
         parser.error(f"--scale {args.scale} needs --random_init: published weights have one size")
     try:
         vision, llm, tokenizer = parts(args)
-        folder = compose(vision, llm, tokenizer, args.template, args.out, args.pinpoints, args.seed)
+        folder = compose(vision, llm, tokenizer, args.template, args.out, args.pinpoints, args.seed, args.data_tokens)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    for note in llm.notes:
+    for note in (*llm.notes, *undeclared_note(get_template(args.template), tokenizer)):
         print(f"note: {note}")
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     print(f"{folder}: {vision.config.model_type} + {llm.config.model_type}, {size / 1e6:,.1f} MB, {args.template}")
@@ -74,6 +78,17 @@ def parts(args):
     else:
         return vision_part(args.vision), llm_part(args.llm), load_tokenizer(args.tokenizer or args.llm)
     return random_part(vision_config, args.seed), random_part(llm_config, args.seed), tokenizer
+
+
+def undeclared_note(template: Template, tokenizer) -> list[str]:
+    """What a person should know of special tokens that were added to a tokenizer and that no data token declares."""
+    found = template.undeclared_tokens(tokenizer)
+    if not found:
+        return []
+    return [
+        f"the tokenizer has the special tokens {listed(found)}: data that spells them is trained as "
+        "characters, at inference each is one token. Name those that data may contain (--data_tokens)"
+    ]
 
 
 def read_samples(path: Path) -> list[dict]:

@@ -28,7 +28,8 @@ from llava_next.data.format.records import has_system, read_record
 from llava_next.data.format.tar import BadSample
 from llava_next.data.storage.client import written_aside
 from llava_next.paths import folder_or_name, local_path
-from llava_next.templates import IMAGE_TOKEN, place_images, read_turns
+from llava_next.tokenise import IMAGE_TOKEN
+from llava_next.turns import place_images, read_turns
 
 sys.path.append(str(Path(__file__).parents[1] / "data_tools"))
 from building.inputs import Listing, add_input_arguments, list_input

@@ -33,6 +33,7 @@ from llava_next.training.recipe.config import Options, RunConfig, parse_run, sav
 from llava_next.training.setup import (
     build_model,
     check_cut,
+    check_systems,
     empty_model,
     load_parts,
     open_feed,
@@ -70,6 +71,7 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
             resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
         if not options.dry_run:
             check_cut(config, mixture)
+            check_systems(config, mixture)
             check_launch(lambda: empty_model(parts))
             resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:

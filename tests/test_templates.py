@@ -220,7 +220,7 @@ def test_captions_are_one_pair_with_an_image():
 def test_first_turn_is_dropped_when_not_human():
     s = setup("vicuna")
     expected = encode(s, turns(IMG, "A cat."), 1)
-    for role in ("gpt", "system"):
+    for role in ("gpt", "tool"):
         got = encode(s, [{"from": role, "value": "Hello <image>"}, *turns(IMG, "A cat.")], 1)
         assert [x.tolist() for x in got] == [x.tolist() for x in expected]
 

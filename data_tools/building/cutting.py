@@ -9,7 +9,6 @@ from llava_next.anyres import HF_336, ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.data.format.picture_forms import Picture, picture_file
 from llava_next.data.format.pictures import open_picture
 from llava_next.data.format.records import (
-    has_system,
     has_text_image_token,
     prepend_system,
     read_record,
@@ -19,7 +18,8 @@ from llava_next.data.format.records import (
 from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
 from llava_next.data.format.tar import BadSample
 from llava_next.paths import local_path
-from llava_next.templates import TEMPLATES, get_template, place_images, read_turns
+from llava_next.templates import TEMPLATES, get_template
+from llava_next.turns import place_images, read_system, read_turns
 
 TOWERS = {"clip-336": AnyRes(336, 14, ORIGINAL_336), "siglip-384": AnyRes(384, 14, ORIGINAL_384)}
 PINPOINTS = {"original": None, "hf": HF_336}  # None: the tower's own
@@ -79,11 +79,11 @@ def check_text(conversations: list, n_images: int) -> None:
 
 def check_system(conversations: list, template: str | None) -> None:
     """Refuses a sample's own system prompt where the chat template has no place for one. Raises BadSample."""
-    if template is not None and has_system(conversations) and get_template(template).system_turn is None:
-        raise BadSample(
-            f"template {template} has no place for a system prompt, and the sample has one of its own: build with "
-            "--system drop or --system prepend"
-        )
+    if template is not None:
+        try:
+            get_template(template).check_system(read_system(conversations))
+        except ValueError as error:
+            raise BadSample(str(error)) from error
 
 
 def check_images(conversations: list, n_images: int) -> None:

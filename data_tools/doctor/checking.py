@@ -10,6 +10,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +20,14 @@ from building.progress import Progress, worker_pool
 from building.shard_walk import Stream
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.index import Index
-from llava_next.data.format.records import drops_first_turn, has_text_image_token
+from llava_next.data.format.records import drops_first_turn, has_system, has_text_image_token
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
 from llava_next.data.format.writer import index_row
 from llava_next.data.loading.batch import IGNORE, Example
 from llava_next.data.loading.encode import Encoder, picture_tiles
 from llava_next.data.storage.client import Storage, StorageError
+from llava_next.tokenise import IMAGE_TOKEN, data_tokens
 
 UNCUT = 1 << 40  # tokens: longer than any sample
 UNKNOWN = -1
@@ -81,6 +83,8 @@ class Facts(NamedTuple):
             without a model, or when the sample cannot be used.
         pictures: 64-bit hash of each picture's stored bytes; conversation: of the text, 0 when it could not be read.
         drops_first_turn: the conversation begins with a turn that is not human, which training leaves out.
+        has_system: it has a system prompt of its own.
+        spells_special: it spells a special token of the tokenizer that is not declared for data.
     """
 
     problems: tuple[tuple[str, str], ...]
@@ -89,6 +93,8 @@ class Facts(NamedTuple):
     pictures: tuple[int, ...] = ()
     conversation: int = 0
     drops_first_turn: bool = False
+    has_system: bool = False
+    spells_special: bool = False
 
 
 class Checked(NamedTuple):
@@ -144,8 +150,29 @@ class Checker:
             tokens = len(example.input_ids)
             supervised = int((example.labels[1 : self.encoder.max_length] != IGNORE).sum())  # the first has no context
             problems += self._wrong_length(index, row, example)
-        left_out = drops_first_turn(sample.conversations)
-        return Checked(Facts(tuple(problems), tokens, supervised, pictures, _hash(text), left_out), sample, example)
+        facts = Facts(
+            tuple(problems),
+            tokens,
+            supervised,
+            pictures,
+            _hash(text),
+            drops_first_turn(sample.conversations),
+            has_system(sample.conversations),
+            self._spells_special(sample.conversations),
+        )
+        return Checked(facts, sample, example)
+
+    def _spells_special(self, conversations: list[dict]) -> bool:
+        return any(token in turn["value"] for turn in conversations for token in self._undeclared)
+
+    @cached_property
+    def _undeclared(self) -> list[str]:
+        """Special tokens of the tokenizer that are characters where data spells them."""
+        if self.encoder is None:
+            return []
+        declared = (*data_tokens(self.encoder.tokenizer), IMAGE_TOKEN)
+        added = self.encoder.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special and token.content not in declared]
 
     def _encode(self, sample: RawSample, row: int) -> Example | None:
         """The sample as training sees it, but uncut. Without a model only checked. Raises BadSample."""
@@ -228,7 +255,8 @@ class Findings:
         is_read: bool [n]; tokens, supervised: int64 [n] as in `Facts`.
         problems: (kind, reason) pairs by row.
         shards: what is wrong with shards as files.
-        first_turns_left_out: samples that begin with a turn that is not human.
+        first_turns_left_out: samples that begin with a turn that is not human; system_prompts: that have one of their
+            own; special_spelled: that spell a special token.
         shared_pictures: pictures stored again in another sample; shared_conversations: samples whose conversation
             comes with other pictures too (`find_duplicates` counts both).
     """
@@ -238,7 +266,7 @@ class Findings:
         self.tokens, self.supervised = np.full(n, UNKNOWN), np.full(n, UNKNOWN)
         self.problems: dict[int, list[tuple[str, str]]] = defaultdict(list)
         self.shards: list[str] = []
-        self.first_turns_left_out = 0
+        self.first_turns_left_out = self.system_prompts = self.special_spelled = 0
         self.shared_pictures = self.shared_conversations = 0
         self._conversation, self._pictures = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
         self._hashes: list[np.ndarray] = []  # of every picture
@@ -250,6 +278,8 @@ class Findings:
             self._conversation[row] = found.conversation
             self._pictures[row] = _hash(np.array(found.pictures, np.uint64).tobytes()) if found.pictures else 0
             self.first_turns_left_out += found.drops_first_turn
+            self.system_prompts += found.has_system
+            self.special_spelled += found.spells_special
             if found.problems:
                 self.problems[int(row)] += found.problems
         self._hashes.append(np.array([p for found in facts for p in found.pictures], np.uint64))

@@ -93,6 +93,13 @@ def notes(options, training: survey.Training | None, findings: Findings, exact: 
             f"{findings.first_turns_left_out:,} samples{among} begin with a turn that is not human, which training "
             "leaves out as the original does."
         )
+    if findings.system_prompts:
+        found.append(f"{findings.system_prompts:,} samples{among} have a system prompt of their own.")
+    if findings.special_spelled:
+        found.append(
+            f"{findings.special_spelled:,} samples{among} spell special tokens of the tokenizer, which are characters "
+            "in training and one token at inference; those that are meant: data_tokens in tokenizer_config.json."
+        )
     if not exact:
         found.append(
             "Text lengths are estimated from bytes; index_shards.py URL --tokenizer MODEL:TEMPLATE counts them."

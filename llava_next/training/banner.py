@@ -10,6 +10,7 @@ import numpy as np
 from llava_next.data.plan.dealing import CostModel
 from llava_next.data.plan.mixture import Mixture
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.tokenise import DATA_TOKENS, data_tokens, listed
 from llava_next.training.devices.hardware import Hardware, present_hardware
 from llava_next.training.devices.launch import checkpointing_policy, hsdp_sizes
 from llava_next.training.forecast.activations import Compute
@@ -17,7 +18,7 @@ from llava_next.training.forecast.budget import POLICIES, Budget, Layout, choose
 from llava_next.training.forecast.flops import Checkpointing, flops_model
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import freeze, trainable_table, warmup_steps
-from llava_next.training.setup import Parts, empty_model
+from llava_next.training.setup import Parts, empty_model, refused_systems
 from llava_next.training.watch.metrics import si
 
 SAMPLED_STEPS = 20  # dealt to see how full and how even micro-batches are
@@ -102,7 +103,7 @@ def plan_banner(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardwa
     policy = checkpointing_policy(config.activation_checkpointing) if launched else budget.picked
     lines = [
         *model_lines(config, model_config, model),
-        *data_lines(config, mixture, dealt),
+        *data_lines(config, parts, mixture, dealt),
         *dealing_lines(config, dealt, hardware),
         *memory_lines(budget, config, layout, policy if launched else None),
         *hint_lines(budget, policy, arguments, config, dealt),
@@ -136,7 +137,7 @@ def model_lines(config: RunConfig, model_config, model: LlavaNextForConditionalG
     return lines
 
 
-def data_lines(config: RunConfig, mixture: Mixture, dealt: Dealt) -> list[str]:
+def data_lines(config: RunConfig, parts: Parts, mixture: Mixture, dealt: Dealt) -> list[str]:
     """Sources, lengths, steps."""
     lines = []
     for source, storage, info in zip(mixture.plan_sources, mixture.storages, mixture.infos, strict=True):
@@ -152,11 +153,30 @@ def data_lines(config: RunConfig, mixture: Mixture, dealt: Dealt) -> list[str]:
     lines += [
         f"  lengths  {exact}; {mixture.num_too_long:,} samples longer than {config.data.max_length:,} tokens are cut",
         *cut_lines(mixture),
+        *text_lines(config, parts, mixture),
         f"  in all   {_count(tokens)} tokens, {_count(tiles)} tiles{seen}",
         f"steps      {steps:,} of {config.data.batch_size} samples{earlier}, "
         f"{warmup_steps(steps, config.optim.warmup_ratio):,} warm-up, cosine to 0; seed {config.seed}, "
         f"weighting {config.optim.loss_weighting}, clip {config.optim.max_grad_norm}",
     ]
+    return lines
+
+
+def text_lines(config: RunConfig, parts: Parts, mixture: Mixture) -> list[str]:
+    """What the template and the tokenizer make of texts that a person may not expect."""
+    lines, template, tokenizer = [], parts.encoder.template, parts.encoder.tokenizer
+    if refused := refused_systems(config, mixture):
+        lines.append(
+            f"  warning  {refused:,} samples have a system prompt of their own, for which {template.name} has no "
+            "place: they are left out; build with --system drop or --system prepend"
+        )
+    if declared := data_tokens(tokenizer):
+        lines.append(f"  tokens   data may contain {listed(declared)}")
+    if undeclared := template.undeclared_tokens(tokenizer):
+        lines.append(
+            f"  tokens   {listed(undeclared)}: characters where data spells them, one token at inference; name those "
+            f"that data may contain under {DATA_TOKENS} in the model folder's tokenizer_config.json"
+        )
     return lines
 
 

@@ -126,6 +126,25 @@ def check_cut(config: RunConfig, mixture: Mixture) -> None:
         )
 
 
+def refused_systems(config: RunConfig, mixture: Mixture) -> int:
+    """Samples with a system prompt of their own that the template has no place for, as far as builds counted them."""
+    if get_template(config.data.template).system_turn is not None:
+        return 0
+    return sum(info.build.get("system_prompts", 0) for info in mixture.infos)
+
+
+def check_systems(config: RunConfig, mixture: Mixture) -> None:
+    """Refuses data of which the template cannot take too many samples. Raises ValueError."""
+    data, total = config.data, sum(info.samples for info in mixture.infos)
+    refused = refused_systems(config, mixture)
+    if refused > data.max_skip_share * total:
+        raise ValueError(
+            f"data.template: {data.template} has no place for a system prompt, and {refused:,} of {total:,} samples "
+            f"have one of their own, more than data.max_skip_share {data.max_skip_share}: build the data with "
+            "--system drop or --system prepend, or train in another template"
+        )
+
+
 def open_feed(config: RunConfig, parts: Parts, mixture: Mixture, rank: int, world: int, start_step: int) -> Feed:
     """Starts loading this rank's micro-batches, from a step on."""
     data, run_dir = config.data, Path(config.run_dir)

@@ -21,6 +21,7 @@ def test_lost_pictures_and_left_out_turns_are_found_in_data_built_before(tmp_pat
         f"warning: 1 samples: {KINDS['lost_picture'].title}\n  row 1 (key k1): a question has <image>" in result.stdout
     )
     assert "note: 1 samples begin with a turn that is not human, which training leaves out" in result.stdout
+    assert "note: 1 samples have a system prompt of their own." in result.stdout
     assert f"look at this: 1 sample: {KINDS['lost_picture'].title} (all 4 samples were read)" in result.stdout
 
 

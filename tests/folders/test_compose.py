@@ -8,14 +8,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration
 
 import compose as script
+from building.text_lengths import TextLength
 from llava_next.data.loading.batch import pack
 from llava_next.data.loading.encode import check_vocabulary
-from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
+from llava_next.model.folders.compose import compose, compose_config, llm_part, load_tokenizer, random_part, vision_part
 from llava_next.model.folders.dry import LLMS, TOWERS, architecture, corpus_texts, scaled, train_tokenizer
 from llava_next.model.folders.export import write_weights
+from llava_next.templates import get_template
+from llava_next.tokenise import DATA_TOKENS, data_tokens, fingerprint
+from llava_next.training.checkpoints.same_run import tokenizer_fingerprint
 from support import real_tokenizers
 from support.tiny import pack_tiny, random_samples
 
@@ -121,6 +126,57 @@ def test_random_init_makes_a_folder_that_stock_transformers_loads(vision, llm, t
     assert config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
     assert config.text_config.vocab_size % 64 == 0 and len(tokenizer) <= config.text_config.vocab_size
     check_vocabulary(tokenizer, config.text_config.vocab_size)
+
+
+def test_composed_folder_keeps_the_tokens_that_data_may_contain(checkpoints, tmp_path, monkeypatch, capsys):
+    """Of two that a tokenizer has besides, one is declared; the note names the other, an undeclared list names both."""
+    clip, llm = checkpoints
+    tokenizer = small_tokenizer(VICUNA)
+    tokenizer.add_tokens(["<loc_1>", "<loc_2>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = ["--vision", str(clip), "--llm", str(llm), "--tokenizer", str(tmp_path / "tokenizer")]
+    monkeypatch.setattr("sys.argv", ["compose.py", *options, "--out", str(tmp_path / "m"), "--data_tokens", "<loc_1>"])
+    script.main()
+    assert "special tokens <loc_2>: data that spells them" in capsys.readouterr().out
+    template, loaded = get_template("vicuna_v1"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert data_tokens(loaded) == ("<loc_1>",) and template.undeclared_tokens(loaded) == ["<loc_2>"]
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "<loc_1> <loc_2>"}]
+    image_id = loaded.convert_tokens_to_ids("<image>")
+    ids, labels = template.encode(turns, loaded, image_id, [])
+    one, two = loaded.convert_tokens_to_ids(["<loc_1>", "<loc_2>"])
+    assert list(labels).count(one) == 1 and two not in ids
+    length = TextLength(f"{tmp_path / 'm'}:vicuna_v1")
+    assert length.count(turns, 0) == len(ids) and length.fingerprint == fingerprint(loaded, "vicuna_v1")
+    before = tokenizer_fingerprint(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config | {DATA_TOKENS: []}))
+    assert tokenizer_fingerprint(tmp_path / "m") != before
+
+
+def test_a_model_whose_chats_differ_is_not_composed_and_the_tokens_are_named(checkpoints, tmp_path):
+    """Line breaks that join: two tokens before an answer, one at the end of a prompt."""
+    tokenizer = small_tokenizer(LLAMA3)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = train_like(tokenizer, ["\n\n"] * 9)
+    message = r"fails: chats: .*as a prompt.*from token \d+ on \['ĊĊ'\] where training has \['Ċ', 'Ċ'\]"
+    refused(*checkpoints, tmp_path / "out", message, "llama_3", tokenizer)
+
+
+def train_like(tokenizer, texts: list[str]):
+    return tokenizer.train_new_from_iterator(texts, len(tokenizer))
+
+
+def test_no_id_lies_outside_the_vocabulary_while_composing(checkpoints, tmp_path, caplog):
+    clip, llm = checkpoints
+    config = compose_config(vision_part(str(clip)).config, llm_part(str(llm)).config, prepared(LLAMA3))
+    assert config.text_config.pad_token_id < config.text_config.vocab_size
+    assert "within the vocabulary" not in caplog.text
+
+
+def prepared(llm: str):
+    tokenizer = small_tokenizer(llm)
+    get_template(TEMPLATE[llm]).prepare_tokenizer(tokenizer)
+    return tokenizer
 
 
 # recipe: id of <image>, pad token and id, rows, end token

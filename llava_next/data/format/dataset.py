@@ -41,7 +41,7 @@ class DatasetInfo:
         sources: samples by source name.
         index_bytes, index_sha256: of `index.parquet`.
         shards: in the order of the index.
-        build: what the tool that made it wants to remember (arguments, hash of the input); not read by training.
+        build: what the tool that made it wants to remember: arguments, hash of the input, counts of samples.
         format_version: of the files.
         square: see `AnyRes`.
     """

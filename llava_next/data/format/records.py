@@ -28,7 +28,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Record(NamedTuple):
-    """A sample in the stored form; what its turns say is checked by `templates.read_turns` and `place_images`.
+    """A sample in the stored form; what its turns say is checked by `turns.read_turns` and `place_images`.
 
     Args:
         id: as the record names it; None: not at all.

@@ -24,8 +24,10 @@ from llava_next.anyres import AnyRes
 from llava_next.model.folders.export import INDEX_NAME, file_key
 from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
 from llava_next.templates import TEMPLATES, Template
-from llava_next.tokenise import IMAGE_TOKEN
+from llava_next.tokenise import IMAGE_TOKEN, data_tokens
+from llava_next.turns import SYSTEM
 
+ROLES = {SYSTEM: "system", "human": "user", "gpt": "assistant"}
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # (width, height) of pictures: every kind of canvas, padding on either side, smaller than a tile, very thin
 PICTURE_SIZES = ((640, 480), (480, 640), (300, 200), (90, 100), (1200, 300), (300, 1200), (535, 1071), (1071, 535))
@@ -325,25 +327,40 @@ def check_template(f: ModelFolder) -> str:
 
 def check_chats(f: ModelFolder) -> str:
     """Rendered chats, string and list content, give the ids that training uses; prompts end where answers begin."""
-    processor, image = f.processor, Image.new("RGB", (50, 40), (200, 30, 90))
-    length = f.anyres.num_tokens(*image.size)
-    for count, texts in CHATS:
+    image = Image.new("RGB", (50, 40), (200, 30, 90))
+    length, chats = f.anyres.num_tokens(*image.size), [(count, None, texts) for count, texts in CHATS]
+    if f.template.system_turn is not None:
+        chats.append((0, "Answer in  one word .\nOr two.", (QUESTION, ANSWER)))
+    if declared := data_tokens(f.tokenizer):
+        first, last = declared[0], declared[-1]
+        chats.append((0, None, (f"{first} or{last} ?", f"At {first}{last} .\n{first}")))
+    for count, system, texts in chats:
         turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        if system is not None:
+            turns = [{"from": SYSTEM, "value": system}, *turns]
         ids, labels = f.template.encode(turns, f.tokenizer, f.config.image_token_id, [length] * count)
         answer = [at + 1 for at, (a, b) in enumerate(pairwise(labels.tolist())) if a == -100 != b][-1]
-        images = [image] * count or None
         for as_list in (False, True):
-            messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
-            if as_list:
-                messages = [{**m, "content": _parts(m["content"])} for m in messages]
+            form = _parts if as_list else str
+            messages = [{"role": ROLES[turn["from"]], "content": form(turn["value"])} for turn in turns]
             for due, chat, prompt in ((ids, messages, False), (ids[:answer], messages[:-1], True)):
-                text = processor.apply_chat_template(chat, add_generation_prompt=prompt)
-                if list(processor(text=text, images=images)["input_ids"][0]) != due.tolist():
+                text = f.processor.apply_chat_template(chat, add_generation_prompt=prompt)
+                found = list(f.processor(text=text, images=[image] * count or None)["input_ids"][0])
+                if found != due.tolist():
                     raise ValueError(
-                        f"the chat {texts[0]!r} ({'list' if as_list else 'string'} content) is tokenised otherwise "
-                        f"than in training: processor, tokenizer.json or template {f.template.name} was changed"
+                        f"the chat {texts[0]!r} ({'list' if as_list else 'string'} content"
+                        f"{', as a prompt' if prompt else ''}) is tokenised otherwise than in training: "
+                        f"{_first_difference(f.tokenizer, found, due.tolist())}: processor, tokenizer.json or template "
+                        f"{f.template.name} was changed, or they do not fit each other"
                     )
-    return f"{len(CHATS)} chats, string and list content, with and without the last answer"
+    return f"{len(chats)} chats, string and list content, with and without the last answer"
+
+
+def _first_difference(tokenizer: PreTrainedTokenizerFast, found: list[int], due: list[int]) -> str:
+    """The first tokens that are not the same, as words for a message."""
+    at = next((at for at, (a, b) in enumerate(zip(found, due, strict=False)) if a != b), min(len(found), len(due)))
+    ours, theirs = (tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (due, found))
+    return f"from token {at} on {theirs} where training has {ours}"
 
 
 def _parts(text: str) -> list[dict]:

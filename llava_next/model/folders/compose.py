@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from transformers import (
 )
 
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
+from llava_next.model.folders.check import check_folder
 from llava_next.model.folders.companions import write_companions
 from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, replace_folder, write_config, write_weights
 from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
 from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
-from llava_next.templates import IMAGE_TOKEN, get_template
+from llava_next.templates import get_template
+from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN
 
 LLM_KINDS = ("llama", "qwen2", "mistral")
 VOCABULARY_KEYS = ("embed_tokens.weight", "lm_head.weight")
@@ -123,6 +125,7 @@ def compose(
     out: str | Path,
     pinpoints: tuple[tuple[int, int], ...] | None = None,
     seed: int = 0,
+    data_tokens: Sequence[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
@@ -133,13 +136,14 @@ def compose(
         template_name: chat template saved with the tokenizer and processor.
         pinpoints: (height, width) canvases; default: the published recipe's for the tower's size.
         seed: of projector, newline and nothing else.
+        data_tokens: special tokens of the tokenizer that data may contain, kept with it.
 
     Returns:
-        The folder.
+        The folder, which passes every check of `check_folder`.
 
     Raises:
         ValueError: parts that do not go together, a checkpoint that lacks weights, a tokenizer that lacks the
-            template's special tokens, a folder that is not empty. Nothing has been written by then.
+            template's special tokens, a folder that is not empty, a result that fails a check. Nothing is left of it.
         OSError: the folder cannot be written; nothing is left of it.
     """
     out = Path(out)
@@ -148,6 +152,8 @@ def compose(
     _check_kind(vision.config, tuple(NORMALISATION), "vision towers", vision.weights.label)
     _check_kind(llm.config, LLM_KINDS, "language models", llm.weights.label)
     template = get_template(template_name)
+    if data_tokens:
+        tokenizer.init_kwargs[DATA_TOKENS] = list(data_tokens)
     template.prepare_tokenizer(tokenizer)
     config = compose_config(vision.config, llm.config, tokenizer, pinpoints)
     sources = source_of_keys(config, vision, llm)
@@ -158,6 +164,8 @@ def compose(
         write_weights(composed_tensors(config, sources, seed), aside, max_file_bytes, dtype)
         write_config(config, aside, dtype)
         write_companions(config, tokenizer, template.jinja, aside)
+        if failed := [finding for finding in check_folder(aside) if not finding.ok]:
+            raise ValueError("the composed model fails: " + "; ".join(f"{f.check}: {f.text}" for f in failed))
         replace_folder(aside, out, out.with_name(out.name + ".old"))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -183,9 +191,9 @@ def compose_config(
         pinpoints = known[vision.image_size]
     anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints)
     rows = max(llm.vocab_size, len(tokenizer))
-    llm = type(llm).from_dict({**llm.to_dict(), "pad_token_id": tokenizer.pad_token_id})
-    llm.vocab_size = math.ceil(rows / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    llm.bos_token_id, llm.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = math.ceil(rows / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    llm = type(llm).from_dict({**llm.to_dict(), "vocab_size": rows, **ids})
     has_cls = vision.model_type == "clip_vision_model"
     return LlavaNextConfig(
         vision_config=vision.to_dict(),
@@ -196,9 +204,7 @@ def compose_config(
         vision_feature_layer=-2,
         vision_feature_select_strategy="default" if has_cls else "full",
         tie_word_embeddings=bool(llm.tie_word_embeddings),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **ids,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
@@ -272,9 +272,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template_name: str = 
     special, bos, eos = FAMILY_TOKENS.get(template_name, LLAMA_TOKENS)
     unknown = "<unk>" if "<unk>" in special else None
     tokenizer = Tokenizer(models.BPE(unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    # As in LLaMA3 and Qwen2, line breaks never join what follows: a header's are the same before an answer and at a
+    # prompt's end.
+    line_breaks = pre_tokenizers.Split(Regex(r"\s*[\r\n]+"), "isolated")
+    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([line_breaks, digits, letters])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -7,10 +7,12 @@ nothing that changes what is learned changes silently.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 
+from llava_next.tokenise import DATA_TOKENS
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import Rates
 from llava_next.training.watch.metrics import flat
@@ -51,8 +53,14 @@ def model_fingerprint(folder: Path) -> str:
 
 def tokenizer_fingerprint(folder: Path) -> str:
     """Names the tokenizer of a model folder by what makes its ids; empty when there is no tokenizer.json."""
-    path = folder / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.exists():
+        return ""
+    digest = hashlib.sha256(path.read_bytes())
+    declared = json.loads(config.read_bytes()).get(DATA_TOKENS) if config.exists() else None
+    if declared:
+        digest.update(json.dumps(declared).encode())
+    return digest.hexdigest()[:16]
 
 
 def check_same_run(config: RunConfig, state: dict, path: Path) -> list[str]:
