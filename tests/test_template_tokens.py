@@ -1,5 +1,6 @@
 """System prompts of samples, beginning tokens and declared tokens: training reads what the stock processor reads."""
 
+import copy
 import json
 import pickle
 from functools import cache
@@ -15,7 +16,6 @@ from llava_next.model.folders.companions import portable_tokenizer_config
 from llava_next.model.folders.dry import corpus_texts, train_tokenizer
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN, fingerprint
-from support import real_tokenizers
 from support.template_setups import SETUPS, Setup, chat, encode, learned_texts, setup, supervised_runs, turns
 from test_template_promises import plain_text, quick, stock_ids
 
@@ -150,7 +150,7 @@ def declared(name: str, tokens: tuple[str, ...] = tuple(LOCATIONS)) -> Setup:
     tokenizer = pickle.loads(pickle.dumps(s.tokenizer))
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in LOCATIONS], special_tokens=True)
     tokenizer.init_kwargs[DATA_TOKENS] = list(tokens)
-    processor = pickle.loads(pickle.dumps(s.processor))
+    processor = copy.copy(s.processor)
     processor.tokenizer = tokenizer
     return s._replace(tokenizer=tokenizer, processor=processor)
 
@@ -182,21 +182,21 @@ def test_declared_tokens_are_one_id_in_training_as_at_inference(name: str, tmp_p
 
 
 def test_tokens_that_are_not_declared_stay_characters():
-    s = declared("qwen2", ("<loc_1>",))
+    s = declared("vicuna", ("<loc_1>",))
     one, ten = s.tokenizer.convert_tokens_to_ids(LOCATIONS)
     input_ids, _ = encode(s, PLACES, 1)
     assert ten not in input_ids and list(input_ids).count(one) == 4
     special = [id for id in input_ids if id in s.tokenizer.added_tokens_decoder and id != one]
     assert special == [id for id in encode(s, turns("<image>", "a", "b", "c"), 1)[0] if id in special]
     assert s.template.undeclared_tokens(s.tokenizer) == ["<loc_10>"]
-    assert declared("qwen2").template.undeclared_tokens(declared("qwen2").tokenizer) == []
+    assert declared("vicuna").template.undeclared_tokens(declared("vicuna").tokenizer) == []
     for name in SETUPS:
         assert setup(name).template.undeclared_tokens(setup(name).tokenizer) == []
 
 
 def test_declared_tokens_are_part_of_the_fingerprint():
     choices = ((), ("<loc_1>",), tuple(LOCATIONS))
-    assert len({fingerprint(declared("qwen2", tokens).tokenizer, "qwen") for tokens in choices}) == 3
+    assert len({fingerprint(declared("vicuna", tokens).tokenizer, "vicuna_v1") for tokens in choices}) == 3
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_declared_tokens_are_part_of_the_fingerprint():
     ],
 )
 def test_declarations_that_would_open_a_chat_to_its_data_are_refused(value, message: str):
-    tokenizer = real_tokenizers.qwen2()
+    tokenizer = train_tokenizer(corpus_texts([], "qwen"), 512, "qwen")
     tokenizer.add_tokens(LOCATIONS, special_tokens=True)
     tokenizer.init_kwargs[DATA_TOKENS] = value
     with pytest.raises(ValueError, match=message):

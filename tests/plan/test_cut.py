@@ -1,11 +1,15 @@
-"""Samples whose pictures alone fill the length: counted from the index, refused above the allowed share."""
+"""What training would leave out: samples whose pictures fill the length, system prompts without a place. Refused above
+a share."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from llava_next.training.banner import cut_lines
-from llava_next.training.setup import check_cut
+from llava_next.model.folders.dry import corpus_texts, train_tokenizer
+from llava_next.templates import get_template
+from llava_next.tokenise import DATA_TOKENS
+from llava_next.training.banner import cut_lines, text_lines
+from llava_next.training.setup import check_cut, check_systems
 
 
 def plan(num_all_cut: int):
@@ -27,3 +31,34 @@ def test_share_above_the_allowed_one_is_refused_with_the_length_to_take():
 def test_plan_warns_of_each_such_sample_and_is_silent_without():
     assert cut_lines(plan(0)) == []
     assert "1 samples (0.10%)" in cut_lines(plan(1))[0] and "2,700 tokens" in cut_lines(plan(1))[0]
+
+
+def run_of(template: str, system_prompts: int):
+    """Configuration, parts and plan of 1,000 samples as far as texts are concerned."""
+    infos = [
+        SimpleNamespace(samples=600, build={"system_prompts": system_prompts}),
+        SimpleNamespace(samples=400, build={}),
+    ]
+    tokenizer = train_tokenizer(corpus_texts([], "qwen"), 512, "qwen")
+    tokenizer.add_tokens([f"<loc_{number}>" for number in range(8)], special_tokens=True)
+    tokenizer.init_kwargs[DATA_TOKENS] = ["<loc_0>"]
+    parts = SimpleNamespace(encoder=SimpleNamespace(template=get_template(template), tokenizer=tokenizer))
+    config = SimpleNamespace(data=SimpleNamespace(template=template, max_skip_share=0.001))
+    return config, parts, SimpleNamespace(infos=infos)
+
+
+def test_system_prompts_without_a_place_are_counted_before_the_first_step():
+    config, parts, mixture = run_of("mistral", 2)
+    with pytest.raises(ValueError, match=r"mistral has no place.* 2 of 1,000 samples.*--system drop or --sys"):
+        check_systems(config, mixture)
+    assert "2 samples have a system prompt of their own" in text_lines(config, parts, mixture)[0]
+    for template, count in (("mistral", 1), ("qwen", 600)):  # exactly the share; a template with a place
+        config, parts, mixture = run_of(template, count)
+        check_systems(config, mixture)
+    assert not any("system prompt" in line for line in text_lines(config, parts, mixture))
+
+
+def test_plan_names_special_tokens_that_data_may_contain_and_those_it_may_not():
+    may, may_not = text_lines(*run_of("qwen", 0))
+    assert may.endswith("data may contain <loc_0>")
+    assert "<loc_1>, <loc_2>, <loc_3>, <loc_4> and 3 more: characters where data spells them" in may_not
