@@ -184,10 +184,10 @@ def cut_lines(mixture: Mixture) -> list[str]:
     """A warning when samples lose all their answers."""
     if not mixture.num_all_cut:
         return []
-    share = mixture.num_all_cut / sum(info.samples for info in mixture.infos)
+    share = mixture.num_all_cut / mixture.samples_per_epoch
     return [
-        f"  warning  {mixture.num_all_cut:,} samples ({share:.2%}) teach nothing: their pictures fill the length; "
-        f"{mixture.length_for_most:,} tokens keep 99 % of the samples with pictures whole"
+        f"  warning  at least {mixture.num_all_cut:,} samples an epoch ({share:.2%}) teach nothing: their pictures "
+        f"fill the length; {mixture.length_for_most:,} tokens keep 99 % of each source's samples with pictures whole"
     ]
 
 

@@ -116,12 +116,13 @@ def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
 
 def check_cut(config: RunConfig, mixture: Mixture) -> None:
     """Refuses a length at which too many samples lose all their answers. Raises ValueError."""
-    data, total = config.data, sum(info.samples for info in mixture.infos)
+    data, total = config.data, mixture.samples_per_epoch
     if mixture.num_all_cut > data.max_skip_share * total and not data.allow_cut:
         raise ValueError(
-            f"data.max_length {data.max_length}: pictures fill it in {mixture.num_all_cut:,} of {total:,} samples "
-            f"({mixture.num_all_cut / total:.1%}), whose answers would be cut away, more than data.max_skip_share "
-            f"{data.max_skip_share}; {mixture.length_for_most:,} tokens keep 99 % of the samples with pictures whole; "
+            f"data.max_length {data.max_length}: pictures alone fill it in {mixture.num_all_cut:,} of an epoch's "
+            f"{total:,} samples ({mixture.num_all_cut / total:.1%}), whose answers would be cut away, more than "
+            f"data.max_skip_share {data.max_skip_share}; {mixture.length_for_most:,} tokens keep 99 % of each source's "
+            "samples with pictures whole; "
             "--data.allow_cut true goes on as it is"
         )
 

@@ -4,17 +4,21 @@ a share."""
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
+from llava_next.data.format.shards import RawSample, StripInfo, encode_strip
+from llava_next.data.format.writer import ShardWriter
+from llava_next.data.plan.mixture import Mixture
 from llava_next.model.folders.dry import corpus_texts, train_tokenizer
 from llava_next.templates import get_template
 from llava_next.tokenise import DATA_TOKENS
 from llava_next.training.banner import cut_lines, text_lines
 from llava_next.training.setup import check_cut, check_systems
+from support.shards import SMALL, TURNS
 
 
 def plan(num_all_cut: int):
-    infos = [SimpleNamespace(samples=600), SimpleNamespace(samples=400)]
-    return SimpleNamespace(infos=infos, num_all_cut=num_all_cut, length_for_most=2700)
+    return SimpleNamespace(samples_per_epoch=1000, num_all_cut=num_all_cut, length_for_most=2700)
 
 
 def settings(allow_cut: bool):
@@ -22,15 +26,31 @@ def settings(allow_cut: bool):
 
 
 def test_share_above_the_allowed_one_is_refused_with_the_length_to_take():
-    with pytest.raises(ValueError, match=r"2 of 1,000 samples \(0\.2%\).* 2,700 tokens keep 99 %.*allow_cut true"):
+    with pytest.raises(
+        ValueError, match=r"2 of an epoch's 1,000 samples \(0\.2%\).* 2,700 tokens keep 99 %.*allow_cut true"
+    ):
         check_cut(settings(False), plan(2))
     check_cut(settings(True), plan(2))
     check_cut(settings(False), plan(1))  # exactly the share
 
 
+def test_samples_whose_pictures_fill_the_length_are_counted_as_often_as_an_epoch_takes_them(tmp_path):
+    """Of 3 pictures two have more patches than the length, of a set that an epoch takes twice."""
+    with ShardWriter(tmp_path, SMALL) as writer:
+        for number, size in enumerate([(32, 32), (64, 64), (64, 64)]):
+            strip = StripInfo(*size, *SMALL.grid(*size), *encode_strip(SMALL.tiles(Image.new("RGB", size))))
+            writer.write(RawSample(f"k{number}", str(number), "s", TURNS, [strip]))
+    tokens = SMALL.num_tokens(32, 32), SMALL.num_tokens(64, 64)
+    assert tokens[0] < tokens[1]
+    for length, count in ((tokens[0], 6), (tokens[1], 4), (tokens[1] + 1, 0)):
+        mixture = Mixture([(tmp_path, "s", 2.0)], SMALL, batch_size=2, max_length=length)
+        assert (mixture.num_all_cut, mixture.samples_per_epoch) == (count, 6)
+        assert mixture.length_for_most > tokens[1]
+
+
 def test_plan_warns_of_each_such_sample_and_is_silent_without():
     assert cut_lines(plan(0)) == []
-    assert "1 samples (0.10%)" in cut_lines(plan(1))[0] and "2,700 tokens" in cut_lines(plan(1))[0]
+    assert "1 samples an epoch (0.10%)" in cut_lines(plan(1))[0] and "2,700 tokens" in cut_lines(plan(1))[0]
 
 
 def run_of(template: str, system_prompts: int):

@@ -133,7 +133,7 @@ class Mixture:
         taken to follow the pictures, so a long question before the answer is not counted here, only in the steps.
         """
         exact, too_long, all_cut, pictures = True, 0.0, 0.0, []
-        for info, index in zip(self.infos, self.indexes, strict=True):
+        for info, index, source in zip(self.infos, self.indexes, self.plan_sources, strict=True):
             part = index
             if isinstance(index, LazyIndex):
                 ends = np.cumsum([shard.samples for shard in info.shards])
@@ -144,7 +144,7 @@ class Mixture:
             image = part.image_tokens(self.anyres)
             weight = info.samples / max(len(part), 1)
             too_long += (text + image > self.max_length).sum() * weight
-            all_cut += (image >= self.max_length).sum() * weight
+            all_cut += (image >= self.max_length).sum() * source.epoch_samples / max(len(part), 1)
             lengths = (text + image)[image > 0]
             pictures.append(int(np.ceil(np.quantile(lengths, 0.99))) if len(lengths) else 0)
         return exact, round(too_long), round(all_cut), max(pictures, default=0)
