@@ -50,11 +50,15 @@ def launch(
     return done
 
 
+READ_AT_IMPORT = ("CUDA_", "HF_", "LLAVA_NEXT_", "OMP_", "PYTHON", "TORCH_", "TRANSFORMERS_")
+
+
 def _surroundings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
 
 
-# A test that sets variables for its launch may mean one that is read at an import: its ranks are started, not forked.
+# A test that sets one of these for its launch means ranks that import anew: they are started, not forked. Others come
+# and go (packages set some when they are imported) and reach forked ranks as well.
 _AT_FIRST = _surroundings()
 
 
