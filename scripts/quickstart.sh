@@ -43,6 +43,7 @@ launch() { # launch SCRIPT RUN_DIR ARGUMENTS...: one stage, unless its result is
     shift 2
     if [ -f "$run/model/config.json" ]; then echo "$run/model is there already"; return; fi
     $python -m accelerate.commands.launch --config_file "$config" ${processes[@]+"${processes[@]}"} "$script" --run_dir "$run" "$@"
+    [ -f "$run/model/config.json" ] || { echo "stopped in $run: run this again to go on from there" >&2; exit 1; }
 }
 
 times=""
