@@ -17,7 +17,7 @@ from llava_next.anyres import AnyRes
 from llava_next.data.format.pictures import open_picture
 from llava_next.data.format.tar import BadSample
 from llava_next.data.storage.client import written_aside
-from llava_next.paths import local_path
+from llava_next.paths import drawing_path, local_path
 
 GAP, LINE_HEIGHT, FONT_SIZE = 14, 19, 14
 TILE_BORDER, KEPT_BORDER = "#ffffff", "#e69f00"
@@ -94,11 +94,9 @@ def draw_tiles(pictures: list[Image.Image], anyres: AnyRes, side: int = 168) -> 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pictures", nargs="+", type=local_path)
-    parser.add_argument("--out", type=local_path, required=True, help="PNG or WebP file")
+    parser.add_argument("--out", type=drawing_path, required=True, help="PNG or WebP file")
     add_geometry_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.out.suffix not in (".png", ".webp"):
-        parser.error(f"--out {options.out}: give a name that ends in .png or .webp")
     pictures = []
     try:
         anyres = geometry(options)

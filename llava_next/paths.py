@@ -39,6 +39,18 @@ def local_path(text: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(given))
 
 
+def drawing_path(text: str | os.PathLike) -> Path:
+    """A local path to draw a picture to, whose ending says in which format.
+
+    Raises:
+        PathError: as `local_path`; or another ending than .png and .webp.
+    """
+    path = local_path(text)
+    if path.suffix not in (".png", ".webp"):
+        raise PathError(f"{path}: give a name that ends in .png or .webp")
+    return path
+
+
 def folder_or_name(text: str) -> str:
     """A model or data set that is a local path or a name on the hub: `~` and `file://` resolved, all else as given.
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from llava_next.tokenise import IMAGE_TOKEN
 
 SYSTEM = "system"  # role of a first turn with the system prompt
-# Other roles as data sets spell them
-_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+HUMAN = ("human", "user")  # as data sets spell them
+_ROLES = dict.fromkeys(HUMAN, "human") | {"gpt": "gpt", "assistant": "gpt"}
 
 
 class Turn(NamedTuple):

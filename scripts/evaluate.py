@@ -27,7 +27,7 @@ from llava_next.data.format.pictures import open_rgb
 from llava_next.data.format.records import has_system, read_record
 from llava_next.data.format.tar import BadSample
 from llava_next.data.storage.client import written_aside
-from llava_next.paths import folder_or_name, local_path
+from llava_next.paths import drawing_path, folder_or_name, local_path
 from llava_next.tokenise import IMAGE_TOKEN
 from llava_next.turns import place_images, read_turns
 
@@ -82,12 +82,10 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--out", type=local_path, help="JSON file for score and answers")
-    parser.add_argument("--sheet", type=local_path, help="PNG or WebP file: first pictures with answers")
+    parser.add_argument("--sheet", type=drawing_path, help="PNG or WebP file: first pictures with answers")
     args = parser.parse_args()
     if sum(given is not None for given in (args.json, args.hf, args.shards)) != 1:
         parser.error("give one of --json, --hf and --shards")
-    if args.sheet and args.sheet.suffix not in (".png", ".webp"):
-        parser.error(f"--sheet {args.sheet}: give a name that ends in .png or .webp")
     try:
         listing = list_input(args)
         logging.disable_progress_bar()

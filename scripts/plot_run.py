@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from llava_next.paths import local_path
+from llava_next.paths import drawing_path, local_path
 
 # Okabe and Ito's palette without yellow and black: distinct also for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -245,11 +245,9 @@ def number(value: float, position=None) -> str:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=local_path, help="run folders (run_dir of a training)")
-    parser.add_argument("--out", type=local_path, default=Path("runs.png"), help="PNG or WebP file")
+    parser.add_argument("--out", type=drawing_path, default=Path("runs.png"), help="PNG or WebP file")
     parser.add_argument("--smooth", type=int | None, help="steps to average over; default: a fiftieth of the run")
     args = parser.parse_args()
-    if args.out.suffix not in (".png", ".webp"):
-        parser.error(f"--out {args.out}: give a name that ends in .png or .webp")
     try:
         runs = [read_run(folder, name) for folder, name in zip(args.runs, labels(args.runs), strict=True)]
     except ValueError as error:

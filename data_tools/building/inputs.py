@@ -19,7 +19,6 @@ from typing import Protocol
 import numpy as np
 
 from building.json_stream import READ_BYTES, BrokenFile, json_records
-from llava_next.data.format.picture_forms import Picture as Picture  # what a record may hold, for callers
 from llava_next.data.format.records import source_name
 from llava_next.data.format.tar import BadSample
 from llava_next.data.plan.order import permutation

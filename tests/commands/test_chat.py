@@ -10,19 +10,14 @@ import torch
 from PIL import Image
 
 import chat
-import compose
-import make_digits
+from support.demo import build_demo_by_command
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The composed demo model, and a few pictures: folder with digits/ and model/."""
     folder = tmp_path_factory.mktemp("chat")
-    make_digits.build(folder / "digits", train=60, held_out=4, seed=0)
-    arguments = ["--demo", folder / "digits/train.json", "--template", "mistral", "--out", folder / "model"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["compose.py", *map(str, arguments)])
-        compose.main()
+    build_demo_by_command(folder, "mistral")
     return folder
 
 

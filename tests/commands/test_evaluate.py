@@ -8,12 +8,11 @@ import pytest
 from PIL import Image
 
 import chat
-import compose
 import evaluate
-import make_digits
 from building.inputs import list_json
 from llava_next.templates import IMAGE_TOKEN, get_template
 from support.builds import Result, call
+from support.demo import build_demo_by_command
 from support.forms import BLUE, DATA_URL, turns
 
 
@@ -21,11 +20,7 @@ from support.forms import BLUE, DATA_URL, turns
 def demo(tmp_path_factory):
     """The composed demo model, and a few pictures: folder with digits/ and model/."""
     folder = tmp_path_factory.mktemp("evaluate")
-    make_digits.build(folder / "digits", train=60, held_out=4, seed=0)
-    arguments = ["--demo", folder / "digits/train.json", "--template", "vicuna_v1", "--out", folder / "model"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["compose.py", *map(str, arguments)])
-        compose.main()
+    build_demo_by_command(folder, "vicuna_v1")
     (folder / "blue.png").write_bytes(BLUE)
     rng = np.random.default_rng(0)
     rotated = Image.Exif()

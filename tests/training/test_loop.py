@@ -155,6 +155,18 @@ def test_run_whose_losses_are_not_finite_skips_then_stops_with_the_last_good_sta
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.startswith("step-")]
 
 
+def test_run_without_any_target_says_so_at_each_step_and_writes_no_model(demo, tmp_path):
+    """8 tokens hold no answer: counted and refused; when allowed, both steps are in the log and no model is there."""
+    options = ["--data.batch_size", "8", "--data.max_length", "8", "--max_steps", "2", "--checkpoint.every", "0"]
+    done, metrics = run_demo(demo, tmp_path / "refused", *options, check=False)
+    assert done.returncode == 1 and metrics == [] and "--data.allow_cut true goes on as it is" in done.stderr
+    done, metrics = run_demo(demo, tmp_path / "run", *options, "--data.allow_cut", "true", check=False)
+    assert done.returncode == 1 and "nothing was learnt and no model is written" in done.stderr
+    assert done.stdout.count("none of its 8 samples has a supervised token") == 2
+    assert [(m["step"], m["supervised"], m["unsupervised"], m["loss"]) for m in metrics] == [(1, 0, 8, 0), (2, 0, 8, 0)]
+    assert not (tmp_path / "run/model").exists()
+
+
 def test_run_over_a_failing_network_counts_retries_and_lasting_faults_end_all_ranks(demo, tmp_path):
     """5 % of all requests fail in passing: nothing is lost. Credentials that expire end the run, naming the bytes."""
     options = ["--data.batch_size", "16", "--checkpoint.every", "0"]

@@ -17,11 +17,11 @@ from llava_next.data.format.picture_forms import Picture, is_path, key_names, li
 from llava_next.data.format.tar import BadSample
 from llava_next.paths import PathError, below, local_path
 from llava_next.tokenise import IMAGE_TOKEN
+from llava_next.turns import HUMAN, SYSTEM
 
 TURN_KEYS = ("conversations", "conversation", "messages")
 TEXT_KEYS = (*TURN_KEYS, "prompt", "completion", "caption")
 SYSTEM_KEYS = ("system", "system_prompt")
-HUMAN, SYSTEM = ("human", "user"), "system"  # roles of first turns
 _PART_KEYS = ("image", "path", "image_url", "url", "bytes", "data")  # where a part of a message may hold its picture
 _PICTURE_PARTS = ("image", "image_url", "input_image")
 _TEXT_PARTS = ("text", "input_text", "output_text")
