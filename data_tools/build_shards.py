@@ -18,10 +18,11 @@ import sys
 import time
 
 from building.cutting import SYSTEM_CHOICES, Cutter, add_geometry_arguments, geometry, model_template
-from building.inputs import Listing, add_input_arguments, check_expected, list_input
+from building.inputs import add_input_arguments, check_expected, list_input
 from building.jobs import Job, Output, Plan, build_missing, check_share, common_reasons, finish
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.shards import CODECS
+from llava_next.data.inputs.listing import Listing
 from llava_next.paths import local_path
 from llava_next.templates import TEMPLATES
 
@@ -50,7 +51,7 @@ def fingerprints(tokenizers: tuple[str, ...]) -> tuple[str, ...]:
     """What the index calls the tokenizers, whose folders may have any name. Raises ValueError."""
     if not tokenizers:
         return ()
-    from building.text_lengths import text_lengths
+    from llava_next.data.inputs.text_lengths import text_lengths
 
     return tuple(length.fingerprint for length in text_lengths(tokenizers))
 

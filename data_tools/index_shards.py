@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from building.cutting import add_geometry_arguments, check_images, check_text, geometry
 from building.jobs import REPORT_FILE, hold
-from building.progress import Progress, worker_pool
+from llava_next.progress import Progress, worker_pool
 from building.shard_walk import Found, Stream, samples_in, shard_files
 from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_shard_name
@@ -119,7 +119,7 @@ def _problem(shard: str, offset: int | None, key: str | None, error: BadSample) 
 def _text_lengths(arguments: tuple[str, ...]) -> tuple:
     if not arguments:
         return ()
-    from building.text_lengths import text_lengths  # imports transformers, which takes seconds
+    from llava_next.data.inputs.text_lengths import text_lengths  # imports transformers, which takes seconds
 
     return text_lengths(arguments)
 

@@ -9,20 +9,17 @@ or shrunk (`--scale`), for tests and throughput runs; their tokenizer is a small
 text.
 """
 
-import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from llava_next.data.format.records import read_record
+from llava_next.data.inputs.listing import list_json
 from llava_next.model.folders import dry
 from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
 from llava_next.paths import folder_or_name, local_path
 from llava_next.templates import Template, get_template
 from llava_next.tokenise import listed
-
-sys.path.append(str(Path(__file__).parents[1] / "data_tools"))
-from building.inputs import list_json
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ ROOMS = [
     "llava_next.model.forward",
     "llava_next.data.storage",
     "llava_next.data.format",
+    "llava_next.data.inputs",
     "llava_next.data.plan",
     "llava_next.data.loading",
     "llava_next.model.folders",

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from building.progress import Progress, worker_pool
-from building.text_lengths import text_lengths
+from llava_next.progress import Progress, worker_pool
+from llava_next.data.inputs.text_lengths import text_lengths
 from llava_next.data.format.dataset import DatasetInfo, ShardInfo
 from llava_next.data.format.index import INDEX_FILE, TEXT_TOKENS_PREFIX, read_dataset
 from llava_next.data.format.shards import parse_description, read_sample

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from building.inputs import Lister, Listing
 from building.shard_walk import Stream, samples_in, shard_files
 from llava_next.data.format.picture_forms import PICTURE_KEYS, Picture
 from llava_next.data.format.records import SYSTEM_KEYS, TEXT_KEYS, source_name
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
+from llava_next.data.inputs.listing import Lister, Listing
 from llava_next.data.storage.client import Storage
 
 SHARDS_AT_ONCE = 4
@@ -26,7 +26,7 @@ class HubReader:
         self.dataset = dataset
 
     def read(self, address: np.ndarray) -> dict:
-        """See `inputs.Reader`."""
+        """See `listing.Reader`."""
         return self.dataset[int(address[1])]
 
 
@@ -97,7 +97,7 @@ class ShardReader:
     names: tuple[str, ...]
 
     def read(self, address: np.ndarray) -> dict:
-        """See `inputs.Reader`."""
+        """See `listing.Reader`."""
         shard, start, length = address.tolist()
         return _record(read_sample(self.storage.read_range(self.names[shard], start, length)))
 

@@ -25,8 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from building.cutting import Cutter
-from building.inputs import Listing, Reader
-from building.progress import PROCESSES, Progress, worker_pool
 from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo
 from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA
@@ -34,9 +32,11 @@ from llava_next.data.format.picture_forms import picture_names
 from llava_next.data.format.records import drops_first_turn, has_system
 from llava_next.data.format.tar import BadSample
 from llava_next.data.format.writer import ShardFile, shard_name, write_dataset
-from llava_next.data.plan.order import permutation
+from llava_next.data.inputs.listing import Listing, Reader
 from llava_next.data.storage.client import Storage
 from llava_next.data.storage.lease import LEASE_FILE, Lease
+from llava_next.progress import PROCESSES, Progress, worker_pool
+from llava_next.shuffling import permutation
 
 REPORT_FILE = "rejected.jsonl"
 STATE_FOLDER = "building"
@@ -252,7 +252,7 @@ def write_shard(path: Path, rows: list[int], addresses: np.ndarray) -> Record:
     """The tar of a shard."""
     lengths = ()
     if _job.tokenizers:
-        from building.text_lengths import text_lengths  # imports transformers, which takes seconds
+        from llava_next.data.inputs.text_lengths import text_lengths  # imports transformers, which takes seconds
 
         lengths = text_lengths(_job.tokenizers)
     rejected, counts = [], dict.fromkeys(TURN_COUNTS, 0)

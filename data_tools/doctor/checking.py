@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from building.cutting import check_text
-from building.progress import Progress, worker_pool
+from llava_next.progress import Progress, worker_pool
 from building.shard_walk import Stream
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.index import Index

@@ -20,7 +20,7 @@ from llava_next.data.format.index import Index
 from llava_next.data.format.tar import BadSample
 from llava_next.data.loading.batch import IGNORE
 from llava_next.data.loading.encode import picture_tiles
-from llava_next.data.plan.order import permutation
+from llava_next.shuffling import permutation
 
 THUMBNAIL_SIDE = 168  # px of a tile on the page: half of CLIP's
 QUALITY = 72

@@ -1,1 +1,1 @@
-"""From a data set on disk to packed micro-batches: four rooms that only look down (loading, plan, format, storage)."""
+"""From records or a data set to packed micro-batches: five rooms (loading, plan, inputs, format, storage)."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 import chat
 import evaluate
-from building.inputs import list_json
+from llava_next.data.inputs.listing import list_json
 from llava_next.templates import IMAGE_TOKEN, get_template
 from support.builds import Result, call
 from support.demo import build_demo_by_command

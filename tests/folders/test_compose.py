@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration
 
 import compose as script
-from building.text_lengths import TextLength
+from llava_next.data.inputs.text_lengths import TextLength
 from llava_next.data.loading.batch import pack
 from llava_next.data.loading.encode import check_vocabulary
 from llava_next.model.folders.compose import compose, compose_config, llm_part, load_tokenizer, random_part, vision_part

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import evaluate
 import finetune
-from building.inputs import list_json
+from llava_next.data.inputs.listing import list_json
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.checkpoints.recovery import checkpoint_to_resume, complete_checkpoints

@@ -2,8 +2,6 @@
 
 `order` lists the samples of an epoch; step s takes samples [s * B, (s + 1) * B) of it. Nothing that happens later (the
 number of ranks, workers, retries, broken samples) changes that list, so a run's position in the data is one integer.
-Random numbers are raw 64-bit words of a counter-based generator, whose stream NumPy guarantees across versions and
-machines (that of `Generator.permutation` it does not).
 """
 
 import hashlib
@@ -16,7 +14,9 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-__all__ = ["Order", "Source", "num_steps", "order", "permutation", "plan_hash"]
+from llava_next.shuffling import permutation
+
+__all__ = ["Order", "Source", "num_steps", "order", "plan_hash"]
 
 # Goes into `plan_hash`: raise it whenever `order` gives another list for the same arguments.
 PLAN_FORMAT = 1
@@ -59,12 +59,6 @@ class Source:
     def epoch_samples(self) -> int:
         """Samples that an epoch takes: `num_samples * repeat`, rounded to the nearest whole number (halves up)."""
         return math.floor(self.num_samples * self.repeat + 0.5)
-
-
-def permutation(n: int, *stream: int) -> np.ndarray:
-    """A random permutation of range(n), int64 [n], the same for the same `stream` (non-negative integers) for ever."""
-    words = np.random.Philox(np.random.SeedSequence(stream)).random_raw(n)
-    return np.argsort(words, kind="stable")
 
 
 class Order:
