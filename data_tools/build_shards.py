@@ -17,12 +17,15 @@ import re
 import sys
 import time
 
-from building.cutting import SYSTEM_CHOICES, Cutter, add_geometry_arguments, geometry, model_template
+from building.cutting import Cutter, add_geometry_arguments, geometry
 from building.inputs import add_input_arguments, check_expected, list_input
-from building.jobs import Job, Output, Plan, build_missing, check_share, common_reasons, finish
+from building.jobs import Job, Output, Plan, build_missing, check_share, finish
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.shards import CODECS
 from llava_next.data.inputs.listing import Listing
+from llava_next.data.inputs.samples import SYSTEM_CHOICES, common_reasons, model_template
+from llava_next.data.inputs.text_lengths import fingerprints
+from llava_next.data.inputs.unbuilt import MAX_REJECTED_SHARE, SEED, SHARD_SAMPLES
 from llava_next.paths import local_path
 from llava_next.templates import TEMPLATES
 
@@ -38,22 +41,13 @@ def make_cutter(options: argparse.Namespace) -> Cutter:
     return Cutter(
         options.images,
         geometry(options),
-        options.codec,
-        options.quality,
         options.source,
         options.system,
         template,
         options.allow_text_image_token,
+        options.codec,
+        options.quality,
     )
-
-
-def fingerprints(tokenizers: tuple[str, ...]) -> tuple[str, ...]:
-    """What the index calls the tokenizers, whose folders may have any name. Raises ValueError."""
-    if not tokenizers:
-        return ()
-    from llava_next.data.inputs.text_lengths import text_lengths
-
-    return tuple(length.fingerprint for length in text_lengths(tokenizers))
 
 
 def build(options: argparse.Namespace) -> None:
@@ -150,10 +144,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_geometry_arguments(parser)
     add("--codec", choices=CODECS, default="auto", help="of the strips (default: the smaller of jpeg and webp)")
     add("--quality", type=int, default=95, help="of JPEG (default: %(default)s)")
-    add("--shard_samples", type=int, default=1000, help="samples a shard (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the order in the shards (default: %(default)s)")
+    add("--shard_samples", type=int, default=SHARD_SAMPLES, help="samples a shard (default: %(default)s)")
+    add("--seed", type=int, default=SEED, help="of the order in the shards (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="processes; 0: none (default: the number of CPUs)")
-    add("--max_rejected_share", type=float, default=0.05, help="of the samples (default: %(default)s)")
+    add("--max_rejected_share", type=float, default=MAX_REJECTED_SHARE, help="of the samples (default: %(default)s)")
     add("--source", help="name for the source of all samples (default: what each names, else its first image folder)")
     add("--expect", type=local_path, help="JSON file of expected counts, checked before the build (data_tools/expect/)")
     add(

@@ -16,25 +16,27 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from building.cutting import add_geometry_arguments, check_images, check_text, geometry
+from building.adding_lengths import add_lengths
+from building.cutting import add_geometry_arguments, check_images, geometry
 from building.jobs import REPORT_FILE, hold
-from llava_next.progress import Progress, worker_pool
 from building.shard_walk import Found, Stream, samples_in, shard_files
 from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo, check_shard_name
-from llava_next.data.format.index import ROW_SCHEMA
+from llava_next.data.format.index import Lengths
 from llava_next.data.format.pictures import open_picture
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
-from llava_next.data.format.writer import NEXT_FILE, finish_replacing, index_row, text_tokens_field, write_dataset
+from llava_next.data.format.writer import NEXT_FILE, IndexRows, finish_replacing, index_row, write_dataset
+from llava_next.data.inputs.samples import check_text
+from llava_next.data.inputs.text_lengths import fingerprints, text_lengths
 from llava_next.data.storage.client import Storage
+from llava_next.progress import Progress, worker_pool
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,30 @@ class Indexed(NamedTuple):
 
 def index_shard(job: Indexing, shard: tuple[str, int]) -> Indexed:
     """Reads one shard; runs in a worker."""
-    lengths = _text_lengths(job.tokenizers)
-    stream = Stream(job.storage, *shard)
-    fields = [*ROW_SCHEMA, *(text_tokens_field(length.fingerprint) for length in lengths)]
-    columns: dict[str, list] = {field.name: [] for field in fields}
+    stream, rows = Stream(job.storage, *shard), IndexRows(fingerprints(job.tokenizers))
     problems, kinds, seen = [], set(), 0
     try:
         for found in samples_in(stream):
             seen += 1
             try:
-                sample, row = _read(job, found, lengths)
+                sample, row, lengths = _read(job, found)
             except BadSample as error:
                 problems.append(_problem(shard[0], found.start, found.key, error))
                 continue
             kinds |= {image.is_raw for image in sample.images}
-            for name, value in row.items():
-                columns[name].append(value)
+            rows.add(row, lengths)
         if len(kinds) > 1:
             raise BadSample("it holds both raw images and strips of tiles; keep them in data sets of their own")
     except BadSample as error:
         problems.append(_problem(shard[0], None, None, error))
         return Indexed(None, None, problems, seen, None)
-    rows = pa.table(columns, schema=pa.schema(fields))
-    info = ShardInfo(stream.name, stream.size, len(rows), stream.sha256())
-    return Indexed(info, rows, problems, seen, next(iter(kinds), None))
+    table = rows.table()
+    info = ShardInfo(stream.name, stream.size, len(table), stream.sha256())
+    return Indexed(info, table, problems, seen, next(iter(kinds), None))
 
 
-def _read(job: Indexing, found: Found, lengths: Iterable) -> tuple[RawSample, dict]:
-    """A sample as a run would read it, and its row of the index. Raises BadSample."""
+def _read(job: Indexing, found: Found) -> tuple[RawSample, dict, dict[str, Lengths]]:
+    """A sample as a run would read it, its row of the index, and its lengths by fingerprint. Raises BadSample."""
     if found.problem:
         raise BadSample(found.problem)
     sample = read_sample(found.data, found.key)
@@ -108,20 +106,13 @@ def _read(job: Indexing, found: Found, lengths: Iterable) -> tuple[RawSample, di
     row = index_row(sample, found.start, len(found.data), zlib.crc32(found.data), grids)
     if job.source is not None:
         row["source"] = job.source
-    counts = {text_tokens_field(t.fingerprint).name: t.count(sample.conversations, len(grids)) for t in lengths}
-    return sample, row | counts
+    images = [job.anyres.num_tokens(image.width, image.height) for image in sample.images]
+    counters = text_lengths(job.tokenizers)
+    return sample, row, {counter.fingerprint: counter.count(sample.conversations, images) for counter in counters}
 
 
 def _problem(shard: str, offset: int | None, key: str | None, error: BadSample) -> dict:
     return {"shard": shard, "offset": offset, "key": key, "reason": str(error)}
-
-
-def _text_lengths(arguments: tuple[str, ...]) -> tuple:
-    if not arguments:
-        return ()
-    from llava_next.data.inputs.text_lengths import text_lengths  # imports transformers, which takes seconds
-
-    return text_lengths(arguments)
 
 
 def index(options: argparse.Namespace, storage: Storage) -> None:
@@ -131,7 +122,7 @@ def index(options: argparse.Namespace, storage: Storage) -> None:
     for name, _ in shards:
         check_shard_name(name)  # no run would read it
     job = Indexing(storage, anyres, options.source, options.tokenizers, options.allow_text_image_token)
-    _text_lengths(options.tokenizers)  # errors come before the work
+    text_lengths(options.tokenizers)  # errors come before the work
     parts, problems, seen, kinds = [], [], 0, set()
     with worker_pool(options.workers) as pool, Progress(len(shards), unit="shards") as progress:
         for number, found in enumerate(pool.map(partial(index_shard, job), shards), start=1):
@@ -178,8 +169,6 @@ def write(options: argparse.Namespace, storage: Storage) -> None:
     if not storage.exists(DATASET_FILE):
         index(options, storage)
     elif options.tokenizers:
-        from building.adding_lengths import add_lengths
-
         add_lengths(storage, options.tokenizers, options.workers)
 
 

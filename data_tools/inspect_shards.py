@@ -3,11 +3,12 @@
     python data_tools/inspect_shards.py URL --html report.html
     python data_tools/inspect_shards.py URL --html report.html --verify --model models/vicuna-7b --template vicuna_v1
     python data_tools/inspect_shards.py --step 1200 --config runs/finetune/config.yaml --ranks 8
+    python data_tools/inspect_shards.py train.json --image_root ROOT --model models/vicuna-7b
 
 The first reads the index and a few samples. `--verify` reads everything: checksums, pictures, texts, against the index.
 With a recipe (--config) or a model, lengths, supervision, steps and packing are those of that run; any key of the run's
 configuration can follow, as in `--data.max_length 2048`. `--step` lists the samples, bins and costs of a step of a run
-from the plan alone.
+from the plan alone. The last looks at records that are not built yet, pictures by their headers.
 
 Exit status: 0 no faults; 1 faults found, or not a data set that can be opened; 2 wrong usage.
 """
@@ -21,7 +22,8 @@ from doctor import report_page, survey
 from doctor.examining import examine, summarise
 from doctor.step_listing import follow_run, list_step
 from llava_next.data.format.tar import one_line
-from llava_next.data.storage.client import Storage, written_aside
+from llava_next.data.inputs.unbuilt import records_file
+from llava_next.data.storage.client import written_aside
 from llava_next.paths import local_path
 from llava_next.training.recipe.config import RunConfig, parse_run
 from llava_next.training.setup import Parts, load_parts, open_mixture, read_model_config
@@ -41,6 +43,7 @@ def load_run(options: argparse.Namespace) -> tuple[RunConfig, Parts] | None:
         ("model", options.model),
         ("data.template", options.template),
         ("data.sources", options.url),
+        ("data.image_root", options.image_root),
     ):
         given += [f"--{key}", str(value)] if value is not None else []
     recipe = RECIPES / "vicuna-7b" / f"{stage}.yaml"
@@ -86,7 +89,7 @@ def print_step(options: argparse.Namespace, training: survey.Training) -> None:
 def print_report(options: argparse.Namespace, training: survey.Training | None) -> None:
     """Looks at the data set, writes the page and prints the summary."""
     try:
-        report = examine(options, Storage(options.url), training)
+        report = examine(options, training)
         if options.html is not None:
             with written_aside(options.html) as temporary:
                 temporary.write_text(report_page.render(report), encoding="utf-8")
@@ -111,13 +114,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         add("--config", metavar="RECIPE.yaml", help="the run to inspect for: a recipe, or config.yaml of a run folder"),
         add("--model", metavar="DIR", help="LLaVA-NeXT model folder, where the recipe names none"),
         add("--template", help="chat template, where the recipe names none"),
+        add("--image_root", metavar="DIR", help="of a file of records: what image paths are relative to"),
         add("--samples", type=int, default=60, metavar="N", help="shown on the page (default: %(default)s)"),
         add("--ranks", type=int, default=8, metavar="N", help="GPUs to deal a step to (default: %(default)s)"),
         add("--step", type=int, metavar="N", help="list this step of a run, counted from 0"),
         add("--name", help="title of the page (default: the folder's name)"),
         add("--workers", type=int, default=os.cpu_count(), help="processes; 0: none (default: the number of CPUs)"),
     ]
-    add("url", nargs="?", help="folder or URL of the data set")
+    add("url", nargs="?", help="folder or URL of the data set, or a file of records that is not built yet")
     ours, overrides = split_overrides(
         sys.argv[1:] if arguments is None else arguments, {o for action in known for o in action.option_strings}
     )
@@ -130,6 +134,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("give the URL of a data set, or --step N --config RECIPE")
     if options.step is not None and options.config is None:
         parser.error("--step needs --config: the plan is made from a run's configuration")
+    if options.url is not None and records_file(options.url) is not None and options.step is None:
+        if options.config is None and options.model is None:
+            parser.error(f"{options.url} is no folder of shards; of a file of records give --config or --model too")
+        if options.verify:
+            parser.error("--verify reads shards; a file of records is read in whole by the build")
     if overrides and options.config is None and options.model is None:
         parser.error(f"{overrides[0]} is not an option here; keys of a run go with --config or --model")
     return options

@@ -26,8 +26,8 @@ from llava_next.data.format.picture_forms import Picture, picture_file
 from llava_next.data.format.pictures import open_rgb
 from llava_next.data.format.records import has_system, read_record
 from llava_next.data.format.tar import BadSample
-from llava_next.data.storage.client import written_aside
 from llava_next.data.inputs.listing import Listing
+from llava_next.data.storage.client import written_aside
 from llava_next.paths import drawing_path, folder_or_name, local_path
 from llava_next.tokenise import IMAGE_TOKEN
 from llava_next.turns import place_images, read_turns

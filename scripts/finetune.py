@@ -32,8 +32,10 @@ from llava_next.training.readiness import check_ready, keep_companions
 from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
 from llava_next.training.setup import (
     build_model,
+    check_built,
     check_cut,
     check_systems,
+    cut_warning,
     empty_model,
     load_parts,
     open_feed,
@@ -63,6 +65,10 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
     """Everything a user can get wrong is an error before the model loads."""
     try:
         config, options = parse_run(default_recipe=default_recipe)
+        if not options.dry_run:
+            check_built(config)
+        elif os.environ.get("RANK", "0") != "0":
+            return  # rank 0 plans
         parts = load_parts(config)
         mixture = open_mixture(config, parts)
         validation = Validation(config, parts) if config.data.validation else None
@@ -72,6 +78,9 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         if not options.dry_run:
             check_cut(config, mixture)
             check_systems(config, mixture)
+            if validation:
+                check_cut(validation.config, validation.mixture, "data.validation")
+                check_systems(validation.config, validation.mixture)
             check_launch(lambda: empty_model(parts))
             resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:
@@ -79,6 +88,8 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(plan_banner(config, parts, mixture, options.as_if), flush=True)
+        if validation and (warning := cut_warning(validation.mixture)):
+            print(f"held out   {warning}", flush=True)
         for text in [*(f"note       {note}" for note in resume.notes), *time_limit(config.run_dir)]:
             print(text, flush=True)
     if options.dry_run:

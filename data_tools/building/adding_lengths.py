@@ -14,21 +14,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_next.progress import Progress, worker_pool
-from llava_next.data.inputs.text_lengths import text_lengths
+from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DatasetInfo, ShardInfo
-from llava_next.data.format.index import INDEX_FILE, TEXT_TOKENS_PREFIX, read_dataset
+from llava_next.data.format.index import INDEX_FILE, LENGTH_PREFIXES, Lengths, read_dataset
 from llava_next.data.format.shards import parse_description, read_sample
 from llava_next.data.format.tar import BadSample, tar_members
-from llava_next.data.format.writer import replace_index, text_tokens_field
+from llava_next.data.format.writer import length_fields, replace_index
+from llava_next.data.inputs.text_lengths import text_lengths
 from llava_next.data.storage.client import Storage, StorageError
+from llava_next.progress import Progress, worker_pool
 
 READ_THREADS = 32  # of a worker; each waits for the network
 _BLOCK = 512
 
 
 class Texts(NamedTuple):
-    """Where the samples of a shard lie: its name, and columns of the index."""
+    """Where the samples of a shard lie: its name, and columns of the index; the geometry of their tiles."""
 
     shard: str
     keys: list[str]
@@ -36,7 +37,10 @@ class Texts(NamedTuple):
     nbytes: list[int]
     text_bytes: list[int]
     turns: list[int]
+    widths: list[list[int]]
+    heights: list[list[int]]
     is_raw: bool
+    anyres: AnyRes
 
 
 def add_lengths(storage: Storage, tokenizers: tuple[str, ...], workers: int) -> None:
@@ -47,7 +51,7 @@ def add_lengths(storage: Storage, tokenizers: tuple[str, ...], workers: int) -> 
         StorageError: a read or a write failed.
     """
     info, index = read_dataset(storage)
-    wanted = tuple(length for length in text_lengths(tokenizers) if length.fingerprint not in index.exact_text_tokens)
+    wanted = tuple(length for length in text_lengths(tokenizers) if length.fingerprint not in index.first_targets)
     if not wanted:
         print(f"{storage.label} has the lengths for {', '.join(tokenizers)} already; nothing to do")
         return
@@ -79,33 +83,34 @@ def _counted(
     table: pq.ParquetFile,
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     """`count_shard` of every shard, in order."""
-    columns = ["key", "offset", "nbytes", "text_bytes", "turns"]
+    columns = ["key", "offset", "nbytes", "text_bytes", "turns", "widths", "heights"]
     groups = (table.read_row_group(number, columns=columns) for number in range(table.num_row_groups))
     texts = (
-        Texts(shard.name, *(rows[name].to_pylist() for name in columns), info.codec == "raw")
+        Texts(shard.name, *(rows[name].to_pylist() for name in columns), info.codec == "raw", info.anyres)
         for shard, rows in zip(info.shards, groups, strict=True)
     )
     yield from pool.map(count_shard, repeat(storage), repeat(arguments), texts)
 
 
 def count_shard(storage: Storage, tokenizers: tuple[str, ...], texts: Texts) -> tuple[np.ndarray, list[str]]:
-    """Text tokens of a shard's samples, int32 [tokenizers, samples], and what is wrong; runs in a worker."""
+    """`Lengths` of a shard's samples, int32 [tokenizers, samples, 2], and what is wrong; runs in a worker."""
     lengths, problems = text_lengths(tokenizers), []
-    counts = np.zeros((len(lengths), len(texts.keys)), np.int32)
+    counts = np.zeros((len(lengths), len(texts.keys), len(Lengths._fields)), np.int32)
     with ThreadPoolExecutor(READ_THREADS) as pool:
         samples = pool.map(partial(_conversation, storage, texts), range(len(texts.keys)))
         for row, sample in enumerate(samples):
             try:
                 if isinstance(sample, BadSample):
                     raise sample
-                counts[:, row] = [length.count(*sample) for length in lengths]
+                image_lengths = list(map(texts.anyres.num_tokens, texts.widths[row], texts.heights[row]))
+                counts[:, row] = [length.count(sample, image_lengths) for length in lengths]
             except BadSample as error:
                 problems.append(f"{texts.shard}, sample {texts.keys[row]}: {error}")
     return counts, problems
 
 
-def _conversation(storage: Storage, texts: Texts, row: int) -> tuple[list[dict], int] | BadSample:
-    """Conversation and number of images of a sample."""
+def _conversation(storage: Storage, texts: Texts, row: int) -> list[dict] | BadSample:
+    """Conversation of a sample."""
     key, offset, nbytes = texts.keys[row], texts.offsets[row], texts.nbytes[row]
     # the text, a header, names and sizes; escaped quotes and line breaks take two bytes
     guess = texts.text_bytes[row] * 5 // 4 + 64 * texts.turns[row] + 2 * _BLOCK + 512
@@ -114,10 +119,8 @@ def _conversation(storage: Storage, texts: Texts, row: int) -> tuple[list[dict],
             data = storage.read_range(texts.shard, offset + nbytes - length, length)
             text = None if texts.is_raw else _last_member(data, f"{key}.json")
             if text is not None:
-                values = parse_description(text)
-                return values["conversations"], len(values["images"])
-        sample = read_sample(data, key)
-        return sample.conversations, len(sample.images)
+                return parse_description(text)["conversations"]
+        return read_sample(data, key).conversations
     except BadSample as error:
         return error
     except StorageError as error:
@@ -143,7 +146,11 @@ def _with_columns(
     """The shards' rows with the new columns."""
     for number, shard in enumerate(info.shards):
         rows = table.read_row_group(number).drop_columns(["shard"])
-        for fingerprint, values in zip(fingerprints, counts[number], strict=True):
-            rows = rows.append_column(text_tokens_field(fingerprint), pa.array(values))
-        names = sorted(name for name in rows.schema.names if name.startswith(TEXT_TOKENS_PREFIX))
+        for fingerprint, lengths in zip(fingerprints, counts[number], strict=True):
+            for field in length_fields(fingerprint):
+                if field.name in rows.schema.names:  # of an index that had text lengths alone
+                    rows = rows.drop_columns([field.name])
+                column = Lengths._fields.index(field.name.removesuffix(f"_{fingerprint}"))
+                rows = rows.append_column(field, pa.array(lengths[:, column]))
+        names = sorted(name for name in rows.schema.names if name.startswith(LENGTH_PREFIXES))
         yield shard, rows.select([name for name in rows.schema.names if name not in names] + names)

@@ -24,15 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from building.cutting import Cutter
 from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo
-from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA
-from llava_next.data.format.picture_forms import picture_names
-from llava_next.data.format.records import drops_first_turn, has_system
-from llava_next.data.format.tar import BadSample
+from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA, Lengths
+from llava_next.data.format.shards import RawSample
 from llava_next.data.format.writer import ShardFile, shard_name, write_dataset
 from llava_next.data.inputs.listing import Listing, Reader
+from llava_next.data.inputs.samples import TURN_COUNTS, SampleMaker, common_reasons, make_samples, turn_counts
+from llava_next.data.inputs.text_lengths import fingerprints
 from llava_next.data.storage.client import Storage
 from llava_next.data.storage.lease import LEASE_FILE, Lease
 from llava_next.progress import PROCESSES, Progress, worker_pool
@@ -41,10 +40,6 @@ from llava_next.shuffling import permutation
 REPORT_FILE = "rejected.jsonl"
 STATE_FOLDER = "building"
 PLAN_FILE = f"{STATE_FOLDER}/plan.json"
-# Of samples' conversations, kept in `dataset.json` under `build`: a first turn that training leaves out as the original
-# does, and a system prompt of the sample's own.
-TURN_COUNTS = {"first_turns_left_out": drops_first_turn, "system_prompts": has_system}
-REASONS_SHOWN = 5
 READ_THREADS = 16  # records of finished shards at once; each waits for the network
 
 
@@ -53,7 +48,7 @@ class Job:
     """What a worker needs to know besides the addresses of a shard's samples."""
 
     reader: Reader
-    cutter: Cutter
+    cutter: SampleMaker
     output: Storage
     folder: Path | None  # of the output when that is local
     tokenizers: tuple[str, ...]
@@ -250,30 +245,20 @@ def build_shard(number: int, rows: np.ndarray, addresses: np.ndarray) -> int:
 
 def write_shard(path: Path, rows: list[int], addresses: np.ndarray) -> Record:
     """The tar of a shard."""
-    lengths = ()
-    if _job.tokenizers:
-        from llava_next.data.inputs.text_lengths import text_lengths  # imports transformers, which takes seconds
+    rejected, counts = [], Counter(dict.fromkeys(TURN_COUNTS, 0))
+    with ShardFile(path, fingerprints(_job.tokenizers)) as shard:
 
-        lengths = text_lengths(_job.tokenizers)
-    rejected, counts = [], dict.fromkeys(TURN_COUNTS, 0)
-    with ShardFile(path, [length.fingerprint for length in lengths]) as shard:
-        for row, address in zip(rows, addresses, strict=True):
-            if _counters[STOP]:
-                raise InterruptedError("stopped")
-            record = {}
-            try:
-                record = _job.reader.read(address)
-                sample = _job.cutter.make_sample(row, record)
-                tokens = {
-                    length.fingerprint: length.count(sample.conversations, len(sample.images)) for length in lengths
-                }
-                shard.write(sample, tokens)
-                for name, holds in TURN_COUNTS.items():
-                    counts[name] += holds(sample.conversations)
-            except BadSample as error:
-                rejected.append({"id": record.get("id", row), "file": picture_names(record), "reason": str(error)})
+        def keep(sample: RawSample, lengths: dict[str, Lengths]) -> None:
+            shard.write(sample, lengths)
+            counts.update(turn_counts(sample))
+
+        for left_out in make_samples(_job.reader, _job.cutter, _job.tokenizers, rows, addresses, keep):
+            if left_out:
+                rejected.append(left_out)
                 count(REJECTED)
             count(DONE)
+            if _counters[STOP]:
+                raise InterruptedError("stopped")
     empty = pa.schema(ROW_SCHEMA).empty_table()
     return Record(shard.info, empty if shard.rows is None else shard.rows, rejected, counts)
 
@@ -379,10 +364,3 @@ def check_share(rejected: int, samples: int, max_share: float, output: Output, n
         f"{rejected} of {samples} samples rejected, more than --max_rejected_share {max_share} allows; no data set "
         f"written. See {output.storage.address(REPORT_FILE)}; most often: " + "; ".join(common_reasons(entries))
     )
-
-
-def common_reasons(rejected: list[dict]) -> list[str]:
-    """The reasons that left out most samples, each with how often and, where it names one, an example."""
-    examples = {entry["reason"].partition(":")[0]: entry["reason"] for entry in reversed(rejected)}
-    reasons = Counter(entry["reason"].partition(":")[0] for entry in rejected).most_common(REASONS_SHOWN)
-    return [f"{reason} ({number}){examples[reason][len(reason) :]}" for reason, number in reasons]

@@ -7,6 +7,6 @@ report_page.py: the report as one HTML file
 report_samples.py: what the page shows of a sample
 step_listing.py: any step of a run, from the plan
 
-May import: building, the root's files, data.format, data.loading, data.plan, data.storage, training,
-training.checkpoints, training.recipe.
+May import: building, the root's files, data.format, data.inputs, data.loading, data.plan, data.storage,
+training, training.checkpoints, training.recipe.
 """

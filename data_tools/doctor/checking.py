@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from building.cutting import check_text
-from llava_next.progress import Progress, worker_pool
 from building.shard_walk import Stream
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.index import Index
@@ -24,9 +22,11 @@ from llava_next.data.format.records import drops_first_turn, has_system, has_tex
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
 from llava_next.data.format.writer import index_row
+from llava_next.data.inputs.samples import check_text
 from llava_next.data.loading.batch import IGNORE, Example
 from llava_next.data.loading.encode import Encoder, picture_tiles
 from llava_next.data.storage.client import Storage, StorageError
+from llava_next.progress import Progress, worker_pool
 from llava_next.tokenise import IMAGE_TOKEN, data_tokens
 
 UNCUT = 1 << 40  # tokens: longer than any sample
@@ -199,10 +199,16 @@ class Checker:
 
     def _wrong_length(self, index: Index, row: int, example: Example) -> list[tuple[str, str]]:
         text = len(example.input_ids) - len(example.image_positions)
-        if self.fingerprint not in index.exact_text_tokens:
-            return []
-        stored = int(index.exact_text_tokens[self.fingerprint][row])
-        return [("mismatch", f"the index says {stored} text tokens, the sample has {text}")] if stored != text else []
+        first = int(np.argmax(example.labels != IGNORE))
+        found = []
+        for what, columns, value in (
+            ("text tokens", index.exact_text_tokens, text),
+            ("tokens before its first answer", index.first_targets, first),
+        ):
+            stored = int(columns[self.fingerprint][row]) if self.fingerprint in columns else value
+            if stored != value:
+                found.append(("mismatch", f"the index says {stored} {what}, the sample has {value}"))
+        return found
 
     def check_shard(self, number: int, index: Index) -> tuple[list[Facts], list[str]]:
         """Reads shard `number` from front to back.
@@ -306,10 +312,17 @@ class Findings:
         hashes = np.concatenate(self._hashes) if self._hashes else np.zeros(0, np.uint64)
         self.shared_pictures = len(hashes) - len(np.unique(hashes))
 
-    def find_long(self, tokens: np.ndarray, max_length: int) -> None:
-        """Enters samples that are cut, by their `tokens` int64 [n], and those that lose all supervision."""
+    def find_long(self, tokens: np.ndarray, exact: bool, first_target: np.ndarray | None, max_length: int) -> None:
+        """Enters samples that are cut, and those that lose all supervision.
+
+        Args:
+            tokens: of each sample, int64 [n], and whether all are exact.
+            first_target: position of its first supervised token, int64 [n], where the index has it.
+        """
+        if first_target is not None:
+            self.supervised[(first_target >= max_length) & (self.supervised < 0)] = 0
         for row in np.flatnonzero(tokens > max_length).tolist():
-            about = "" if self.tokens[row] >= 0 else "about "
+            about = "" if exact or self.tokens[row] >= 0 else "about "
             reason = f"{about}{tokens[row]:,} tokens: {about}{tokens[row] - max_length:,} are cut off at {max_length:,}"
             self.problems[row].append(("truncated", reason))
         for row in np.flatnonzero(self.supervised == 0).tolist():

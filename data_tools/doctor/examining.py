@@ -6,15 +6,21 @@ from pathlib import PurePosixPath
 from doctor import survey
 from doctor.checking import Checker, Findings, check_some, look_at, verify
 from doctor.report_samples import TokenTexts, choose, describe
+from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.index import Index, read_dataset
+from llava_next.data.inputs.samples import TURN_COUNTS
+from llava_next.data.inputs.unbuilt import MAX_REJECTED_SHARE, Unbuilt
 from llava_next.data.storage.client import Storage
 
 SUSPECTS = 200  # samples of the same size in every respect, and longest ones, that are read without --verify
 MAX_SKIP_SHARE = 0.001  # of a run, where no recipe says otherwise
 
 
-def examine(options: argparse.Namespace, storage: Storage, training: survey.Training | None) -> dict:
+def examine(options: argparse.Namespace, training: survey.Training | None) -> dict:
     """The report on a data set, plain values only. Raises ValueError or StorageError when it cannot be opened."""
+    if training and isinstance(training.mixture.storages[0], Unbuilt):
+        return examine_unbuilt(options, training.mixture.storages[0], training)
+    storage = Storage(options.url)
     info, index = read_dataset(storage)
     encoder, fingerprint = (training.parts.encoder, training.parts.fingerprint) if training else (None, None)
     checker = Checker(storage, info, encoder, fingerprint)
@@ -25,28 +31,63 @@ def examine(options: argparse.Namespace, storage: Storage, training: survey.Trai
         rows = {**dict.fromkeys(suspects(index, estimate)), **dict.fromkeys(some_rows(index, options.samples))}
         findings = check_some(checker, index, rows)
     findings.find_duplicates(index)
+    report = figures(options, storage.label, info, index, findings, training)
+    tolerated = training.config.data.max_skip_share if training else MAX_SKIP_SHARE
+    return report | {
+        "verdict": survey.verdict(findings, report["problems"], options.verify, tolerated),
+        "notes": notes(options, training, findings, report["exact"]),
+        "samples": show(options, checker, index, findings),
+    }
+
+
+def examine_unbuilt(options: argparse.Namespace, unbuilt: Unbuilt, training: survey.Training) -> dict:
+    """The report on a file of records of which nothing is built yet: as of a data set, but for samples to look at."""
+    findings, share = Findings(unbuilt.info.samples), len(unbuilt.rejected) / unbuilt.listed
+    report = figures(options, unbuilt.label, unbuilt.info, unbuilt.index, findings, training)
+    problems = survey.left_out(unbuilt.rejected, share > MAX_REJECTED_SHARE) + report["problems"]
+    looked = f"{unbuilt.listed:,} records and the headers of their pictures were read"
+    counts = unbuilt.info.build
+    findings.first_turns_left_out, findings.system_prompts = (counts[name] for name in TURN_COUNTS)
+    return report | {
+        "read": unbuilt.listed,
+        "problems": problems,
+        "verdict": survey.verdict(findings, problems, False, training.config.data.max_skip_share, looked),
+        "notes": [
+            "Nothing is built yet: sizes on disk are estimates; damage behind a picture's header shows in the build.",
+            *turn_notes(findings, ""),
+        ],
+        "samples": [],
+    }
+
+
+def figures(
+    options: argparse.Namespace,
+    label: str,
+    info: DatasetInfo,
+    index: Index,
+    findings: Findings,
+    training: survey.Training | None,
+) -> dict:
+    """What a report says of any data set, built or not; enters samples that are too long into the findings."""
+    fingerprint = training.parts.fingerprint if training else None
     tokens, exact = survey.token_lengths(index, info.anyres, fingerprint, findings)
     if training:
-        findings.find_long(tokens, training.config.data.max_length)
-    problems = survey.found_problems(findings, index)
-    tolerated = training.config.data.max_skip_share if training else MAX_SKIP_SHARE
+        first_target, is_known = index.first_target(fingerprint, info.anyres)
+        findings.find_long(tokens, exact, first_target if is_known else None, training.config.data.max_length)
     return {
-        "name": options.name or PurePosixPath(storage.label).name,
-        "url": storage.label,
+        "name": options.name or PurePosixPath(label).name,
+        "url": label,
         "is_verified": options.verify,
         "with_model": training is not None,
         "read": int(findings.is_read.sum()),
         "exact": exact,
-        "verdict": survey.verdict(findings, problems, options.verify, tolerated),
-        "notes": notes(options, training, findings, exact),
         "totals": survey.totals(info, index, tokens),
         "sources": survey.by_source(index, tokens),
         "histograms": survey.histograms(info, index, tokens, findings),
         "grids": survey.grids(index),
         "recipe": survey.recipe_figures(training, len(index), options.ranks),
-        "problems": problems,
+        "problems": survey.found_problems(findings, index),
         "shards_wrong": findings.shards,
-        "samples": show(options, checker, index, findings),
     }
 
 
@@ -88,13 +129,7 @@ def notes(options, training: survey.Training | None, findings: Findings, exact: 
         found.append(f"{findings.shared_pictures:,} pictures are stored more than once{among}.")
     if findings.shared_conversations:
         found.append(f"{findings.shared_conversations:,} samples share their conversation{among}, with other pictures.")
-    if findings.first_turns_left_out:
-        found.append(
-            f"{findings.first_turns_left_out:,} samples{among} begin with a turn that is not human, which training "
-            "leaves out as the original does."
-        )
-    if findings.system_prompts:
-        found.append(f"{findings.system_prompts:,} samples{among} have a system prompt of their own.")
+    found += turn_notes(findings, among)
     if findings.special_spelled:
         found.append(
             f"{findings.special_spelled:,} samples{among} spell special tokens of the tokenizer, which are characters "
@@ -108,6 +143,19 @@ def notes(options, training: survey.Training | None, findings: Findings, exact: 
         found.append("No recipe or model was given, so tokens, supervision and packing were not looked at (--config).")
     if not options.verify:
         found.append("Only some samples were read; --verify reads all, and finds every duplicate.")
+    return found
+
+
+def turn_notes(findings: Findings, among: str) -> list[str]:
+    """Of conversations that begin in ways a person may not expect."""
+    found = []
+    if findings.first_turns_left_out:
+        found.append(
+            f"{findings.first_turns_left_out:,} samples{among} begin with a turn that is not human, which training "
+            "leaves out as the original does."
+        )
+    if findings.system_prompts:
+        found.append(f"{findings.system_prompts:,} samples{among} have a system prompt of their own.")
     return found
 
 

@@ -12,6 +12,7 @@ from doctor.checking import KINDS, Findings
 from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.index import Index
+from llava_next.data.inputs.samples import by_reason
 from llava_next.data.plan.mixture import Mixture
 from llava_next.training.banner import deal_some
 from llava_next.training.recipe.config import RunConfig
@@ -177,15 +178,42 @@ def found_problems(findings: Findings, index: Index) -> list[dict]:
     return found
 
 
-def verdict(findings: Findings, problems: list[dict], is_verified: bool, max_skip_share: float) -> dict:
+def left_out(rejected: list[dict], are_too_many: bool) -> list[dict]:
+    """The same for samples that a build would leave out: one entry a reason."""
+    about = {
+        "kind": "left_out",
+        "level": "fault" if are_too_many else "warning",
+        "advice": "Mend the records or the pictures; a build leaves such samples out, and fails when they are many.",
+    }
+    return [
+        about
+        | {
+            "title": f"left out by a build, {reason}",
+            "count": len(entries),
+            "examples": [
+                {"row": entry["row"], "key": str(entry["id"]), "reason": entry["reason"]}
+                for entry in entries[:EXAMPLES]
+            ],
+        }
+        for reason, entries in by_reason(rejected)
+    ]
+
+
+def verdict(
+    findings: Findings, problems: list[dict], is_verified: bool, max_skip_share: float, looked: str | None = None
+) -> dict:
     """Whether to train on it.
+
+    Args:
+        looked: what was read of data that is not built yet.
 
     Returns:
         level: good, fair or bad; headline: a sentence.
     """
     n, unusable = len(findings.is_read), findings.count("unusable")
     read = n if is_verified else int(findings.is_read.sum())
-    looked = f"all {n:,} samples were read" if is_verified else f"{read:,} of {n:,} samples were read"
+    to_be_sure = "To be sure, run with --verify." if looked is None else "The build reads the rest."
+    looked = looked or (f"all {n:,} samples were read" if is_verified else f"{read:,} of {n:,} samples were read")
     faults = _enumerated([entry for entry in problems if entry["level"] == "fault"])
     others = _enumerated([entry for entry in problems if entry["level"] != "fault"])
     if findings.shards:
@@ -199,7 +227,7 @@ def verdict(findings: Findings, problems: list[dict], is_verified: bool, max_ski
         return {"level": "fair", "headline": headline}
     if is_verified:
         return {"level": "good", "headline": f"Fit for training: {looked}, and nothing is wrong."}
-    return {"level": "good", "headline": f"Looks fit for training: {looked}. To be sure, run with --verify."}
+    return {"level": "good", "headline": f"Looks fit for training: {looked}. {to_be_sure}"}
 
 
 def _enumerated(problems: list[dict]) -> list[str]:

@@ -7,6 +7,6 @@ validate.py: held-out loss
 readiness.py: what the end of a run needs, before its first step
 ending.py: what a rank says last, and its exit status
 
-May import: the root's files, data.loading, data.plan, data.storage, model.folders, model.forward,
+May import: the root's files, data.inputs, data.loading, data.plan, data.storage, model.folders, model.forward,
 training.checkpoints, training.devices, training.forecast, training.recipe, training.watch.
 """

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from llava_next.data.inputs.unbuilt import Unbuilt
 from llava_next.data.plan.dealing import CostModel
 from llava_next.data.plan.mixture import Mixture
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
@@ -18,7 +21,7 @@ from llava_next.training.forecast.budget import POLICIES, Budget, Layout, choose
 from llava_next.training.forecast.flops import Checkpointing, flops_model
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import freeze, trainable_table, warmup_steps
-from llava_next.training.setup import Parts, empty_model, refused_systems
+from llava_next.training.setup import Parts, build_command, cut_warning, empty_model, refused_systems
 from llava_next.training.watch.metrics import si
 
 SAMPLED_STEPS = 20  # dealt to see how full and how even micro-batches are
@@ -143,7 +146,12 @@ def data_lines(config: RunConfig, parts: Parts, mixture: Mixture, dealt: Dealt) 
     for source, storage, info in zip(mixture.plan_sources, mixture.storages, mixture.infos, strict=True):
         size = si(sum(shard.bytes for shard in info.shards), "B")
         samples = f"{source.num_samples:,} samples x {source.repeat:g}"
-        lines.append(f"data       {source.name}: {samples}, {size} from {storage.label}")
+        if isinstance(storage, Unbuilt):
+            lines.append(f"data       {source.name}: {samples}, not built yet, about {size}, from {storage.label}")
+            lines += [f"  {line}" for line in storage.report()]
+            lines.append(f"  build    {build_command(config, Path(storage.label))}")
+        else:
+            lines.append(f"data       {source.name}: {samples}, {size} from {storage.label}")
     steps = mixture.total_steps
     exact = "exact" if mixture.exact_lengths else "estimated from bytes"
     left = steps - mixture.first_step
@@ -152,7 +160,7 @@ def data_lines(config: RunConfig, parts: Parts, mixture: Mixture, dealt: Dealt) 
     earlier = f" (the first {mixture.first_step:,} under another plan)" if mixture.first_step else ""
     lines += [
         f"  lengths  {exact}; {mixture.num_too_long:,} samples longer than {config.data.max_length:,} tokens are cut",
-        *cut_lines(mixture),
+        *textwrap.wrap(cut_warning(mixture) or "", 100, initial_indent="  warning  ", subsequent_indent=" " * 11),
         *text_lines(config, parts, mixture),
         f"  in all   {_count(tokens)} tokens, {_count(tiles)} tiles{seen}",
         f"steps      {steps:,} of {config.data.batch_size} samples{earlier}, "
@@ -178,17 +186,6 @@ def text_lines(config: RunConfig, parts: Parts, mixture: Mixture) -> list[str]:
             f"that data may contain under {DATA_TOKENS} in the model folder's tokenizer_config.json"
         )
     return lines
-
-
-def cut_lines(mixture: Mixture) -> list[str]:
-    """A warning when samples lose all their answers."""
-    if not mixture.num_all_cut:
-        return []
-    share = mixture.num_all_cut / mixture.samples_per_epoch
-    return [
-        f"  warning  at least {mixture.num_all_cut:,} samples an epoch ({share:.2%}) teach nothing: their pictures "
-        f"fill the length; {mixture.length_for_most:,} tokens keep 99 % of each source's samples with pictures whole"
-    ]
 
 
 def _duration(seconds: float) -> str:

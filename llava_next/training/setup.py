@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llava_next.anyres import AnyRes
+from llava_next.data.inputs.samples import SampleMaker, model_template
+from llava_next.data.inputs.unbuilt import Unbuilt, measure, records_file
 from llava_next.data.loading.encode import Encoder, check_vocabulary
 from llava_next.data.loading.feed import Feed
 from llava_next.data.loading.loader import LoaderOptions, build_loader
@@ -97,12 +100,47 @@ def load_parts(config: RunConfig) -> Parts:
     return Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.name))
 
 
+def image_root(config: RunConfig, file: Path) -> Path:
+    """Where the images of a file of records lie. Raises ValueError."""
+    root = Path(config.data.image_root) if config.data.image_root else file.parent
+    if config.data.image_root and not root.is_dir():
+        raise ValueError(f"data.image_root: {root} is not a folder")
+    return root
+
+
+def build_command(config: RunConfig, file: Path) -> str:
+    """What makes the data set of a file of records that the run is planned with."""
+    words = ["--json", file, "--images", image_root(config, file), "--model", config.model]
+    words += ["--tokenizer", f"{config.model}:{config.data.template}"]
+    words += ["--square"] if config.data.images == "square" else []
+    return shlex.join(["python", "data_tools/build_shards.py", *map(str, words), "--out", f"shards/{file.stem}"])
+
+
+def check_built(config: RunConfig) -> None:
+    """Refuses files of records where shards are needed, with the command that builds them. Raises ValueError."""
+    for key in ("sources", "validation"):
+        for source in getattr(config.data, key):
+            if (file := records_file(source.path)) is not None:
+                raise ValueError(
+                    f"data.{key}: {file} is no folder of shards; from a file of records a run is only planned "
+                    f"(--dry_run). Build it, and give the folder that --out names:\n    {build_command(config, file)}"
+                )
+
+
+def open_source(config: RunConfig, parts: Parts, path: str, cache: Cache | None) -> Storage | Unbuilt:
+    """A data set, or what would be built of a file of records. Raises ValueError."""
+    if (file := records_file(path)) is None:
+        return Storage(path, cache=cache)
+    maker = SampleMaker(image_root(config, file), parts.anyres, template=model_template(Path(config.model)))
+    return measure(file, maker, (f"{config.model}:{config.data.template}",))
+
+
 def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
-    """The plan over the run's data sets; reads their indexes only."""
+    """The plan over the run's data sets; reads their indexes, and of files of records the headers of pictures."""
     data = config.data
     cache = Cache(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_dir else None
     return Mixture(
-        [(Storage(source.path, cache=cache), source.name, source.repeat) for source in data.sources],
+        [(open_source(config, parts, source.path, cache), source.name, source.repeat) for source in data.sources],
         parts.anyres,
         batch_size=data.batch_size,
         epochs=data.epochs,
@@ -114,15 +152,24 @@ def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
     )
 
 
-def check_cut(config: RunConfig, mixture: Mixture) -> None:
-    """Refuses a length at which too many samples lose all their answers. Raises ValueError."""
-    data, total = config.data, mixture.samples_per_epoch
-    if mixture.num_all_cut > data.max_skip_share * total and not data.allow_cut:
+def cut_warning(mixture: Mixture) -> str | None:
+    """How many samples lose all their answers by the length, and the length to take; None when none do."""
+    if not mixture.num_all_cut:
+        return None
+    cut, total = mixture.num_all_cut, mixture.samples_per_epoch
+    return (
+        f"{'' if mixture.exact_cut else 'at least '}{cut:,} of {total:,} samples ({cut / total:.2%}) teach nothing: "
+        f"data.max_length {mixture.max_length:,} cuts all their answers; {mixture.length_for_most:,} tokens keep 99 % "
+        "of each source's samples whole, and of those with pictures"
+    )
+
+
+def check_cut(config: RunConfig, mixture: Mixture, key: str = "data.sources") -> None:
+    """Refuses a length at which too many samples, of the data sets under `key`, lose all their answers. ValueError."""
+    data = config.data
+    if mixture.num_all_cut > data.max_skip_share * mixture.samples_per_epoch and not data.allow_cut:
         raise ValueError(
-            f"data.max_length {data.max_length}: pictures alone fill it in {mixture.num_all_cut:,} of an epoch's "
-            f"{total:,} samples ({mixture.num_all_cut / total:.1%}), whose answers would be cut away, more than "
-            f"data.max_skip_share {data.max_skip_share}; {mixture.length_for_most:,} tokens keep 99 % of each source's "
-            "samples with pictures whole; "
+            f"{key}: {cut_warning(mixture)}. That is more than data.max_skip_share {data.max_skip_share}; "
             "--data.allow_cut true goes on as it is"
         )
 

@@ -235,7 +235,10 @@ def memory_mb() -> tuple[float, float, float]:
 def held_mb(index: Index) -> float:
     """Bytes of an index's columns, in MB."""
     columns = [value for value in vars(index).values() if hasattr(value, "nbytes")]
-    return sum(column.nbytes for column in (*columns, *index.exact_text_tokens.values())) / 1e6
+    return (
+        sum(column.nbytes for column in (*columns, *index.exact_text_tokens.values(), *index.first_targets.values()))
+        / 1e6
+    )
 
 
 def resident_mb() -> float:

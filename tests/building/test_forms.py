@@ -11,12 +11,13 @@ from random import Random
 import pytest
 from PIL import Image
 
-from building.cutting import Cutter, model_template
+from building.cutting import Cutter
 from building.embedded import list_hub
 from llava_next.data.format.picture_forms import picture_names
 from llava_next.data.format.records import SYSTEM_KEYS, TEXT_KEYS, read_record, source_name
 from llava_next.data.format.shards import RawSample, decode_strip
 from llava_next.data.format.tar import BadSample
+from llava_next.data.inputs.samples import model_template
 from llava_next.templates import get_template
 from support.builds import GEOMETRY, SMALL, call, samples, tool_result
 from support.forms import ASK, BLUE, FORMS, ONE, RED, SYSTEM, WHICH, chat, make_root, part, record_of, turns
@@ -122,7 +123,7 @@ def test_tables_hold_the_same_forms(name, tmp_path, monkeypatch):
         table = table.cast_column(column, kind)
     table.to_parquet(tmp_path / "a.parquet")
     listing = list_hub(str(tmp_path / "a.parquet"), "train")
-    cutter = Cutter(None, SMALL, "webp")
+    cutter = Cutter(None, SMALL, codec="webp")
     found = [cutter.make_sample(row, listing.reader.read(address)) for row, address in enumerate(listing.addresses)]
     assert [(sample.conversations, colors(sample)) for sample in found] == EXPECTED[name]
 

@@ -111,7 +111,7 @@ def test_parquet_folder_gives_every_row_with_its_own_image_bytes(parquet, tmp_pa
     rows = read_all(listing)
     assert [row["id"] for row in rows] == [f"{kind}-{row}" for kind in ("JPEG", "PNG") for row in range(5)]
     assert listing.source_counts() == {"chart": 6, "photo": 4}
-    cutter = Cutter(None, SMALL, "webp")
+    cutter = Cutter(None, SMALL, codec="webp")
     for number, row in enumerate(rows):
         sample = cutter.make_sample(number, row)
         assert sample.conversations[1] == TURNS[1] and len(sample.images) == (number % 5 > 0)

@@ -12,24 +12,24 @@ from llava_next.data.plan.mixture import Mixture
 from llava_next.model.folders.dry import corpus_texts, train_tokenizer
 from llava_next.templates import get_template
 from llava_next.tokenise import DATA_TOKENS
-from llava_next.training.banner import cut_lines, text_lines
-from llava_next.training.setup import check_cut, check_systems
+from llava_next.training.banner import text_lines
+from llava_next.training.setup import check_cut, check_systems, cut_warning
 from support.shards import SMALL, TURNS
 
 
-def plan(num_all_cut: int):
-    return SimpleNamespace(samples_per_epoch=1000, num_all_cut=num_all_cut, length_for_most=2700)
+def plan(num_all_cut: int, exact_cut: bool = True):
+    values = {"samples_per_epoch": 1000, "max_length": 2048, "length_for_most": 2700}
+    return SimpleNamespace(**values, num_all_cut=num_all_cut, exact_cut=exact_cut)
 
 
 def settings(allow_cut: bool):
-    return SimpleNamespace(data=SimpleNamespace(max_length=2048, max_skip_share=0.001, allow_cut=allow_cut))
+    return SimpleNamespace(data=SimpleNamespace(max_skip_share=0.001, allow_cut=allow_cut))
 
 
 def test_share_above_the_allowed_one_is_refused_with_the_length_to_take():
-    with pytest.raises(
-        ValueError, match=r"2 of an epoch's 1,000 samples \(0\.2%\).* 2,700 tokens keep 99 %.*allow_cut true"
-    ):
-        check_cut(settings(False), plan(2))
+    message = r"data.validation: 2 of 1,000 samples \(0\.20%\).* 2,700 tokens keep 99 %.*allow_cut true"
+    with pytest.raises(ValueError, match=message):
+        check_cut(settings(False), plan(2), "data.validation")
     check_cut(settings(True), plan(2))
     check_cut(settings(False), plan(1))  # exactly the share
 
@@ -44,13 +44,14 @@ def test_samples_whose_pictures_fill_the_length_are_counted_as_often_as_an_epoch
     assert tokens[0] < tokens[1]
     for length, count in ((tokens[0], 6), (tokens[1], 4), (tokens[1] + 1, 0)):
         mixture = Mixture([(tmp_path, "s", 2.0)], SMALL, batch_size=2, max_length=length)
-        assert (mixture.num_all_cut, mixture.samples_per_epoch) == (count, 6)
+        assert (mixture.num_all_cut, mixture.samples_per_epoch, mixture.exact_cut) == (count, 6, False)
         assert mixture.length_for_most > tokens[1]
 
 
 def test_plan_warns_of_each_such_sample_and_is_silent_without():
-    assert cut_lines(plan(0)) == []
-    assert "1 samples an epoch (0.10%)" in cut_lines(plan(1))[0] and "2,700 tokens" in cut_lines(plan(1))[0]
+    assert cut_warning(plan(0)) is None
+    assert cut_warning(plan(1)).startswith("1 of 1,000 samples (0.10%) teach nothing: data.max_length 2,048 cuts all")
+    assert cut_warning(plan(1, exact_cut=False)).startswith("at least 1 of 1,000")
 
 
 def run_of(template: str, system_prompts: int):

@@ -22,7 +22,8 @@ from llava_next.data.format.tar import one_line
 from llava_next.data.storage.client import Storage, StorageError
 
 INDEX_FILE = "index.parquet"
-TEXT_TOKENS_PREFIX = "text_tokens_"  # + a tokenizer's fingerprint: exact token counts, int32, template included
+# Two columns for each tokenizer with its template, int32, named by its fingerprint; see `Lengths`.
+FIRST_TARGET_PREFIX, TEXT_TOKENS_PREFIX = LENGTH_PREFIXES = ("first_target_", "text_tokens_")
 
 # One row a sample, one row group a shard, both in the order of the shards.
 SCHEMA = pa.schema(
@@ -55,6 +56,19 @@ class Location(NamedTuple):
     key: str
 
 
+class Lengths(NamedTuple):
+    """What a tokenizer with a chat template makes of a sample.
+
+    Args:
+        text_tokens: tokens of it, template included, without image tokens.
+        first_target: position, image tokens counted, of its first supervised token: cut there or before, a sample
+            teaches nothing.
+    """
+
+    text_tokens: int
+    first_target: int
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """The samples of a data set as columns: n samples, m images.
@@ -66,7 +80,7 @@ class Index:
         image_offsets: int64 [n + 1]; the images of sample i are [image_offsets[i], image_offsets[i + 1]).
         widths, heights int32 [m], rows, cols int16 [m]: of the images.
         text_bytes, turns: int32 [n].
-        exact_text_tokens: int32 [n] by tokenizer fingerprint.
+        exact_text_tokens, first_targets: int32 [n] by tokenizer fingerprint, see `Lengths`.
         digest: sha256 of the two files, see `hash`.
     """
 
@@ -85,6 +99,7 @@ class Index:
     text_bytes: np.ndarray
     turns: np.ndarray
     exact_text_tokens: dict[str, np.ndarray]
+    first_targets: dict[str, np.ndarray]
     digest: str
 
     def __len__(self) -> int:
@@ -112,6 +127,7 @@ class Index:
             keys=self.keys.take(pa.array(samples)),
             image_offsets=offsets,
             exact_text_tokens={name: column[samples] for name, column in self.exact_text_tokens.items()},
+            first_targets={name: column[samples] for name, column in self.first_targets.items()},
         )
 
     def image_sizes(self, sample: int) -> list[tuple[int, int]]:
@@ -154,6 +170,15 @@ class Index:
             return self.exact_text_tokens[fingerprint].astype(np.int64), True
         estimate = self.text_bytes / bytes_per_token + self.turns * tokens_per_turn + tokens_per_sample
         return np.ceil(estimate).astype(np.int64), False
+
+    def first_target(self, fingerprint: str | None, anyres: AnyRes) -> tuple[np.ndarray, bool]:
+        """Position of each sample's first supervised token: int64 [n], and whether the numbers are exact.
+
+        Without the column of `fingerprint` they are the least possible ones: answers follow the pictures.
+        """
+        if fingerprint is not None and fingerprint in self.first_targets:
+            return self.first_targets[fingerprint].astype(np.int64), True
+        return self.image_tokens(anyres), False
 
     def _per_sample(self, values: np.ndarray) -> np.ndarray:
         """Sums over the images of each sample: int64 [m] -> [n]."""
@@ -229,13 +254,16 @@ def parse(file: pq.ParquetFile, digest: str) -> Index:
         source_names=tuple(source.dictionary.to_pylist()),
         source=source.indices.to_numpy(),
         image_offsets=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
-        exact_text_tokens={
-            name.removeprefix(TEXT_TOKENS_PREFIX): _column(file, name, pa.int32()).to_numpy()
-            for name in file.schema_arrow.names
-            if name.startswith(TEXT_TOKENS_PREFIX)
-        },
+        exact_text_tokens=_by_fingerprint(file, TEXT_TOKENS_PREFIX),
+        first_targets=_by_fingerprint(file, FIRST_TARGET_PREFIX),
         digest=digest,
     )
+
+
+def _by_fingerprint(file: pq.ParquetFile, prefix: str) -> dict[str, np.ndarray]:
+    """The columns whose names begin with `prefix`, by what follows it."""
+    names = [name for name in file.schema_arrow.names if name.startswith(prefix)]
+    return {name.removeprefix(prefix): _column(file, name, pa.int32()).to_numpy() for name in names}
 
 
 def _column(file: pq.ParquetFile, name: str, kind: pa.DataType | None = None) -> pa.Array:
@@ -297,6 +325,7 @@ def check_rows(index: Index, sizes: np.ndarray) -> None:
     tiles = 1 + index.rows.astype(np.int64) * index.cols
     if tiles.size and (min(index.rows.min(), index.cols.min()) < 0 or tiles.max() > MAX_TILES):
         raise ValueError(f"it has a picture with a negative number of tiles, or more than {MAX_TILES}")
-    for column in (index.text_bytes, index.turns, *index.exact_text_tokens.values()):
+    lengths = (*index.exact_text_tokens.values(), *index.first_targets.values())
+    for column in (index.text_bytes, index.turns, *lengths):
         if column.size and column.min() < 0:
             raise ValueError("it has a text of negative length")

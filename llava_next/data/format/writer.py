@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DATASET_FILE, DatasetInfo, ShardInfo
-from llava_next.data.format.index import INDEX_FILE, ROW_SCHEMA, SCHEMA, TEXT_TOKENS_PREFIX
+from llava_next.data.format.index import INDEX_FILE, LENGTH_PREFIXES, ROW_SCHEMA, SCHEMA, Index, Lengths, parse
 from llava_next.data.format.shards import RawSample, sample_members
 from llava_next.data.format.tar import BadSample
 from llava_next.data.storage.client import Storage, written_aside
@@ -47,6 +47,34 @@ def index_row(sample: RawSample, start: int, nbytes: int, crc32: int, grids: Seq
     }
 
 
+def length_fields(fingerprint: str) -> list[pa.Field]:
+    """The columns of the index for a tokenizer with its template, in the order of `LENGTH_PREFIXES`."""
+    return [pa.field(prefix + fingerprint, pa.int32()) for prefix in LENGTH_PREFIXES]
+
+
+class IndexRows:
+    """Rows of the index of one shard, collected one by one.
+
+    Args:
+        fingerprints: tokenizers (with template) whose lengths each sample brings.
+    """
+
+    def __init__(self, fingerprints: Sequence[str] = ()):
+        self._schema = pa.schema([*ROW_SCHEMA, *(field for name in fingerprints for field in length_fields(name))])
+        self.columns: dict[str, list] = {name: [] for name in self._schema.names}
+
+    def add(self, row: dict, lengths: Mapping[str, Lengths]) -> None:
+        """One more sample: what `index_row` gives, and its lengths by fingerprint."""
+        for fingerprint, found in lengths.items():
+            row = row | {prefix + fingerprint: getattr(found, prefix[:-1]) for prefix in LENGTH_PREFIXES}
+        for name, column in self.columns.items():
+            column.append(row[name])
+
+    def table(self) -> pa.Table:
+        """`ROW_SCHEMA` and the columns of lengths."""
+        return pa.table(self.columns, schema=self._schema)
+
+
 class ShardFile:
     """Writes one shard. A context manager: the tar takes its name when the block ends well, and never before.
 
@@ -54,19 +82,18 @@ class ShardFile:
 
     Args:
         path: of the tar.
-        fingerprints: tokenizers (with template) whose text lengths each sample brings.
+        fingerprints: as for `IndexRows`.
 
     Attributes (when closed):
         info: the shard's `ShardInfo`; None when no sample was written, and then there is no file.
-        rows: its part of the index, `ROW_SCHEMA` and a column of text lengths a fingerprint.
+        rows: its part of the index, see `IndexRows`.
     """
 
     def __init__(self, path: Path, fingerprints: Sequence[str] = ()):
         self.path = path
-        self._schema = pa.schema([*ROW_SCHEMA, *map(text_tokens_field, fingerprints)])
         self.info: ShardInfo | None = None
         self.rows: pa.Table | None = None
-        self._columns: dict[str, list] = {name: [] for name in self._schema.names}
+        self._rows = IndexRows(fingerprints)
         self._keys: set[str] = set()
         self._tar = None
 
@@ -76,8 +103,8 @@ class ShardFile:
     def __enter__(self) -> "ShardFile":
         return self
 
-    def write(self, sample: RawSample, text_tokens: Mapping[str, int] | None = None) -> None:
-        """Append a sample; `text_tokens`: its exact text length by fingerprint.
+    def write(self, sample: RawSample, lengths: Mapping[str, Lengths] | None = None) -> None:
+        """Append a sample; `lengths`: by fingerprint.
 
         Raises BadSample, and leaves the tar as it was, when the sample cannot be stored.
         """
@@ -96,9 +123,7 @@ class ShardFile:
             0,  # taken from the file when it is complete
             [(image.rows, image.cols) for image in sample.images],
         )
-        row |= {text_tokens_field(fingerprint).name: count for fingerprint, count in (text_tokens or {}).items()}
-        for name, values in self._columns.items():
-            values.append(row[name])
+        self._rows.add(row, lengths or {})
 
     def _open(self):
         from webdataset import TarWriter  # here: it imports torch, which readers of shards may do without
@@ -122,14 +147,14 @@ class ShardFile:
         self._tar.stream.flush()
         digest, size = hashlib.sha256(), 0
         with open(self._temporary, "rb") as file:
-            for row, nbytes in enumerate(self._columns["nbytes"]):  # samples follow each other without gaps
+            for row, nbytes in enumerate(self._rows.columns["nbytes"]):  # samples follow each other without gaps
                 data = file.read(nbytes)
-                self._columns["crc32"][row] = zlib.crc32(data)
+                self._rows.columns["crc32"][row] = zlib.crc32(data)
                 digest.update(data)
                 size += nbytes
             end = file.read()
         digest.update(end)
-        self.rows = pa.table(self._columns, schema=self._schema)
+        self.rows = self._rows.table()
         self.info = ShardInfo(self.path.name, size + len(end), len(self), digest.hexdigest())
 
 
@@ -198,11 +223,6 @@ class ShardWriter:
             self.info = write_dataset(self.folder, self.anyres, self.codec, self._parts, self.build)
 
 
-def text_tokens_field(fingerprint: str) -> pa.Field:
-    """The index column of exact text lengths for a tokenizer with its template."""
-    return pa.field(TEXT_TOKENS_PREFIX + fingerprint, pa.int32())
-
-
 def write_dataset(
     folder: Path | Storage,
     anyres: AnyRes,
@@ -215,20 +235,33 @@ def write_dataset(
     Args:
         folder: local folder, or storage, that holds the finished shards.
         anyres, codec: geometry of the tiles, codec of the strips (`raw`: of pictures that are cut when they are read).
-        parts: per shard its description and the rows of its samples (`ROW_SCHEMA`, and the same columns of text
-            lengths in every shard), in order. Only one shard's rows are held at a time.
+        parts: per shard its description and the rows of its samples (`IndexRows`, of the same tokenizers in every
+            shard), in order. Only one shard's rows are held at a time.
         build: kept in `dataset.json`.
 
     Raises:
         StorageError: nothing more could be written; the folder is then not a data set.
     """
     storage = folder if isinstance(folder, Storage) else Storage(folder)
-    geometry = {"tile_size": anyres.tile_size, "patch_size": anyres.patch_size, "square": anyres.square}
-    about = DatasetInfo(**geometry, pinpoints=anyres.pinpoints, codec=codec, **_NOTHING, build=build or {})
-    with _index_file(about, parts) as (path, info):
+    with _index_file(_about(anyres, codec, build), parts) as (path, info):
         storage.put(INDEX_FILE, path)
     storage.put(DATASET_FILE, info.to_json().encode())
     return info
+
+
+def index_only(
+    anyres: AnyRes, codec: str, parts: Iterable[tuple[ShardInfo, pa.Table]], build: dict
+) -> tuple[DatasetInfo, Index]:
+    """What `write_dataset` would write, in memory, of shards that need not exist. Arguments as there."""
+    with _index_file(_about(anyres, codec, build), parts) as (path, info):
+        digest = hashlib.sha256(info.to_json().encode()).hexdigest()
+        return info, parse(pq.ParquetFile(path, read_dictionary=["source"]), digest)
+
+
+def _about(anyres: AnyRes, codec: str, build: dict | None) -> DatasetInfo:
+    """A data set with nothing in it."""
+    geometry = {"tile_size": anyres.tile_size, "patch_size": anyres.patch_size, "square": anyres.square}
+    return DatasetInfo(**geometry, pinpoints=anyres.pinpoints, codec=codec, **_NOTHING, build=build or {})
 
 
 def replace_index(storage: Storage, info: DatasetInfo, parts: Iterable[tuple[ShardInfo, pa.Table]]) -> DatasetInfo:
@@ -278,7 +311,7 @@ def _write_index(path: Path, parts: Iterable[tuple[ShardInfo, pa.Table]]) -> tup
     totals, sources, shards, writer = Counter(), Counter(), [], None
     with contextlib.ExitStack() as stack:
         for number, (shard, rows) in enumerate(parts):
-            extra = [rows.schema.field(name) for name in rows.schema.names if name.startswith(TEXT_TOKENS_PREFIX)]
+            extra = [rows.schema.field(name) for name in rows.schema.names if name.startswith(LENGTH_PREFIXES)]
             schema = pa.schema([*SCHEMA, *extra])
             writer = writer or stack.enter_context(pq.ParquetWriter(path, schema))
             column = pa.array(np.full(len(rows), number, np.int32))

@@ -1,18 +1,19 @@
-"""Exact text lengths: what a tokenizer with a chat template makes of a sample, without its image tokens."""
+"""Exact lengths: what a tokenizer with a chat template makes of a sample."""
 
 import functools
 from collections.abc import Sequence
 
-from transformers import AutoTokenizer
+import numpy as np
 
+from llava_next.data.format.index import Lengths
 from llava_next.data.format.tar import BadSample
 from llava_next.paths import folder_or_name
 from llava_next.templates import TEMPLATES, get_template
-from llava_next.tokenise import IMAGE_TOKEN, fingerprint
+from llava_next.tokenise import IGNORE_INDEX, IMAGE_TOKEN, fingerprint
 
 
 class TextLength:
-    """Counts the text tokens of samples as a run will see them.
+    """Counts the tokens of samples as a run will see them.
 
     Args:
         argument: `NAME_OR_FOLDER:template`. Best a composed model folder, whose tokenizer is the run's own. A published
@@ -23,6 +24,8 @@ class TextLength:
     """
 
     def __init__(self, argument: str):
+        from transformers import AutoTokenizer  # here: it takes seconds
+
         name, _, template = argument.rpartition(":")
         if not name or template not in TEMPLATES:
             raise ValueError(f"--tokenizer {argument}: expected NAME_OR_FOLDER:template, one of {', '.join(TEMPLATES)}")
@@ -37,13 +40,18 @@ class TextLength:
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.fingerprint = fingerprint(self.tokenizer, template)
 
-    def count(self, conversations: Sequence[dict], n_images: int) -> int:
-        """Text tokens of a sample, template included. Raises BadSample when the template refuses it."""
+    def count(self, conversations: Sequence[dict], image_lengths: Sequence[int]) -> Lengths:
+        """Of a sample whose images are so many tokens each. Raises BadSample when the template refuses it."""
         try:
-            ids, _ = self.template.encode(conversations, self.tokenizer, self.image_token_id, [0] * n_images)
+            ids, labels = self.template.encode(conversations, self.tokenizer, self.image_token_id, image_lengths)
         except ValueError as error:
             raise BadSample(f"template {self.template.name}: {error}") from error
-        return len(ids)
+        return Lengths(len(ids) - sum(image_lengths), int(np.argmax(labels != IGNORE_INDEX)))
+
+
+def fingerprints(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """What the index calls the tokenizers, whose folders may have any name. Raises ValueError as `TextLength`."""
+    return tuple(length.fingerprint for length in text_lengths(arguments))
 
 
 @functools.cache

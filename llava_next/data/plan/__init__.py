@@ -5,5 +5,5 @@ dealing.py: a step dealt to ranks and micro-batches
 legs.py: what is left of an epoch when the plan changes
 mixture.py: the data sets of a run as one plan
 
-May import: the root's files, data.format, data.storage.
+May import: the root's files, data.format, data.inputs, data.storage.
 """

@@ -20,6 +20,7 @@ from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DatasetInfo, check_geometry, read_info
 from llava_next.data.format.index import Index, Location, read_index
 from llava_next.data.format.lazy_index import LazyIndex
+from llava_next.data.inputs.unbuilt import Unbuilt
 from llava_next.data.plan.dealing import CostModel, deal
 from llava_next.data.plan.legs import Leg, differences, place, rest_of_epoch, split
 from llava_next.data.plan.order import PLAN_FORMAT, Order, Source, num_steps, plan_hash
@@ -55,7 +56,7 @@ class Mixture:
     """The data sets of a run as one plan.
 
     Args:
-        sources: (path, URL or `Storage`; name or None; repeat) of each data set.
+        sources: (path, URL, `Storage` or, for a plan alone, `Unbuilt`; name or None; repeat) of each data set.
         anyres: the model's geometry; tiles cut for another one are refused.
         batch_size: samples of a step; epochs: passes over the mixture; seed: of the order.
         max_length: tokens that are kept of a sample.
@@ -71,7 +72,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[tuple[str | os.PathLike | Storage, str | None, float]],
+        sources: Sequence[tuple[str | os.PathLike | Storage | Unbuilt, str | None, float]],
         anyres: AnyRes,
         batch_size: int,
         epochs: int = 1,
@@ -85,7 +86,7 @@ class Mixture:
         self.anyres, self.batch_size, self.epochs, self.seed = anyres, batch_size, epochs, seed
         self.max_length, self.shuffle_shards, self.cost = max_length, shuffle_shards, cost
         self._fingerprint = fingerprint
-        self.storages = [path if isinstance(path, Storage) else Storage(path) for path, _, _ in sources]
+        self.storages = [path if isinstance(path, Storage | Unbuilt) else Storage(path) for path, _, _ in sources]
         names = [
             name or PurePosixPath(storage.label).name
             for (_, name, _), storage in zip(sources, self.storages, strict=True)
@@ -108,11 +109,15 @@ class Mixture:
                 "them from other input"
             )
         self.steps_per_epoch = num_steps(self.samples_per_epoch, batch_size)
-        self.exact_lengths, self.num_too_long, self.num_all_cut, self.length_for_most = self._survey()
+        self.exact_lengths, self.exact_cut, self.num_too_long, self.num_all_cut, self.length_for_most = self._survey()
         self._order = lru_cache(maxsize=2)(self._order_of)
         self._begin([self._leg()])  # sets `total_steps`: each epoch ends with a step of what is left
 
-    def _open(self, storage: Storage, name: str, resident_samples: int) -> tuple[DatasetInfo, Index | LazyIndex]:
+    def _open(
+        self, storage: Storage | Unbuilt, name: str, resident_samples: int
+    ) -> tuple[DatasetInfo, Index | LazyIndex]:
+        if isinstance(storage, Unbuilt):
+            return storage.info, storage.index
         info, digest = read_info(storage)
         check_geometry(info, self.anyres, name)
         if info.samples <= resident_samples:
@@ -125,14 +130,15 @@ class Mixture:
         # A stretch of the order may lie in two windows.
         return info, LazyIndex(storage, info, digest, keep_shards=2 * self.shuffle_shards)
 
-    def _survey(self) -> tuple[bool, int, int, int]:
-        """Whether all lengths are exact; how many samples are too long; of how many the pictures alone fill the length,
-        so that nothing after them is left; and the length that keeps 99 % of the samples with pictures from that.
+    def _survey(self) -> tuple[bool, bool, int, int, int]:
+        """Whether all lengths are exact, and whether the places of all first answers are; how many samples are too
+        long; how many of an epoch lose all their answers; and the length at which each source keeps 99 % of its samples
+        whole, and of those with pictures.
 
-        Counts are estimated where the index is not held. The index does not say where the first answer stands: it is
-        taken to follow the pictures, so a long question before the answer is not counted here, only in the steps.
+        Counts are estimated where the index is not held. Where it does not say at which token a sample's first answer
+        stands, that is taken to follow the pictures at once: then at least so many lose them.
         """
-        exact, too_long, all_cut, pictures = True, 0.0, 0.0, []
+        exact, exact_cut, too_long, all_cut, most = True, True, 0.0, 0.0, [0]
         for info, index, source in zip(self.infos, self.indexes, self.plan_sources, strict=True):
             part = index
             if isinstance(index, LazyIndex):
@@ -141,13 +147,16 @@ class Mixture:
                 part = index.take(np.concatenate([np.arange(ends[k] - info.shards[k].samples, ends[k]) for k in some]))
             text, is_exact = part.text_tokens(self._fingerprint)
             exact &= is_exact and part is index
+            first, is_known = part.first_target(self._fingerprint, self.anyres)
+            exact_cut &= is_known and part is index
             image = part.image_tokens(self.anyres)
             weight = info.samples / max(len(part), 1)
             too_long += (text + image > self.max_length).sum() * weight
-            all_cut += (image >= self.max_length).sum() * source.epoch_samples / max(len(part), 1)
-            lengths = (text + image)[image > 0]
-            pictures.append(int(np.ceil(np.quantile(lengths, 0.99))) if len(lengths) else 0)
-        return exact, round(too_long), round(all_cut), max(pictures, default=0)
+            all_cut += (first >= self.max_length).sum() * source.epoch_samples / max(len(part), 1)
+            lengths = text + image
+            groups = [lengths, lengths[image > 0]]
+            most += [int(np.quantile(group, 0.99, method="higher")) for group in groups if len(group)]
+        return exact, exact_cut, round(too_long), round(all_cut), max(most)
 
     @property
     def names(self) -> list[str]:

@@ -27,7 +27,7 @@ class Source:
     """A data set of the mixture.
 
     Args:
-        path: folder with dataset.json, local or a URL.
+        path: folder with dataset.json, local or a URL; in a dry run also a file of records.
         name: shown in logs; default: the folder's name.
         repeat: how often each sample is seen in an epoch; 0.5 takes a random half.
     """
@@ -42,7 +42,9 @@ class DataConfig:
     """What is trained on and how it is dealt to the ranks.
 
     Args:
-        sources: data sets of the mixture: a path, or a list of paths and `Source`s.
+        sources: data sets of the mixture: a path, or a list of paths and `Source`s. A dry run also takes files of
+            records (JSON, JSONL, YAML mixtures) that are not built yet.
+        image_root: folder that image paths of such files are relative to; null: the file's own.
         template: chat template of the training text; `plain` in stage 1.
         keep_template: allow a model folder whose saved chat template is not this one (a published llava-hf folder's
             own); the result keeps the folder's, so it is asked in another form than it was trained in.
@@ -69,6 +71,7 @@ class DataConfig:
     """
 
     sources: str | list[str | Source] = field(default_factory=list)
+    image_root: str | None = None
     template: str = "vicuna_v1"
     keep_template: bool = False
     images: Literal["anyres", "square"] = "anyres"
@@ -268,7 +271,8 @@ def _resolve_paths(config: RunConfig) -> None:
     Raises:
         ValueError: naming the key.
     """
-    keys = [(config, "model"), (config, "run_dir"), (config.data, "cache_dir"), (config.checkpoint, "resume")]
+    keys = [(config, "model"), (config, "run_dir"), (config.checkpoint, "resume")]
+    keys += [(config.data, "cache_dir"), (config.data, "image_root")]
     for section, key in keys:
         value = getattr(section, key)
         if value:
