@@ -44,14 +44,17 @@ def examine_unbuilt(options: argparse.Namespace, unbuilt: Unbuilt, training: sur
     """The report on a file of records of which nothing is built yet: as of a data set, but for samples to look at."""
     findings, share = Findings(unbuilt.info.samples), len(unbuilt.rejected) / unbuilt.listed
     report = figures(options, unbuilt.label, unbuilt.info, unbuilt.index, findings, training)
-    problems = survey.left_out(unbuilt.rejected, share > MAX_REJECTED_SHARE) + report["problems"]
+    left_out = survey.left_out(unbuilt.rejected, share > MAX_REJECTED_SHARE)
+    in_all = [left_out[0] | {"title": "left out by a build", "count": len(unbuilt.rejected)}] if left_out else []
     looked = f"{unbuilt.listed:,} records and the headers of their pictures were read"
     counts = unbuilt.info.build
     findings.first_turns_left_out, findings.system_prompts = (counts[name] for name in TURN_COUNTS)
     return report | {
         "read": unbuilt.listed,
-        "problems": problems,
-        "verdict": survey.verdict(findings, problems, False, training.config.data.max_skip_share, looked),
+        "problems": left_out + report["problems"],
+        "verdict": survey.verdict(
+            findings, in_all + report["problems"], False, training.config.data.max_skip_share, looked
+        ),
         "notes": [
             "Nothing is built yet: sizes on disk are estimates; damage behind a picture's header shows in the build.",
             *turn_notes(findings, ""),

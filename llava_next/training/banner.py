@@ -147,7 +147,7 @@ def data_lines(config: RunConfig, parts: Parts, mixture: Mixture, dealt: Dealt) 
         size = si(sum(shard.bytes for shard in info.shards), "B")
         samples = f"{source.num_samples:,} samples x {source.repeat:g}"
         if isinstance(storage, Unbuilt):
-            lines.append(f"data       {source.name}: {samples}, not built yet, about {size}, from {storage.label}")
+            lines.append(f"data       {source.name}: {samples}, not built yet, {size} if photos, from {storage.label}")
             lines += [f"  {line}" for line in storage.report()]
             lines.append(f"  build    {build_command(config, Path(storage.label))}")
         else:

@@ -172,7 +172,7 @@ def test_built_and_raw_data_are_planned_together(folder, monkeypatch, capsys):
     out = dry_run(monkeypatch, capsys, *run(folder, "shards", "--data.sources", sources))
     count = len(read_dataset(folder / "shards")[1])
     assert f"data       shards: {count} samples x 1, " in out
-    assert f"data       train.json: {count} samples x 2, not built yet, about " in out
+    assert f"data       train.json: {count} samples x 2, not built yet, " in out
     assert f"steps      {-(-3 * count // 4)} of 4 samples" in out
 
 
@@ -215,5 +215,6 @@ def test_the_doctor_counts_records_as_it_counts_their_shards(folder, tmp_path):
     lost = [re.findall(r"warning: (\d+ samples): nothing left to learn", result.stdout) for result in (planned, built)]
     assert lost[0] == lost[1] != []
     assert (tmp_path / "a.html").stat().st_size > 1000
+    assert f"Not fit for training: {len(FORMS) - len(GOOD) + 2} samples: left out by a build; " in planned.stdout
     nothing = call(inspect_shards.main, folder / "train.json")
     assert nothing.returncode == 2 and "give --config or --model too" in nothing.stderr

@@ -48,7 +48,7 @@ class Unbuilt:
     Args:
         label: the file.
         info, index: of the data set; sizes in bytes are estimates, places in shards are 0.
-        rejected: samples left out (`id`, `file`, `reason`).
+        rejected: samples left out (`row`, `id`, `file`, `reason`), in the order of the file.
     """
 
     label: str
@@ -123,7 +123,7 @@ def measure(path: Path, maker: SampleMaker, tokenizers: tuple[str, ...]) -> Unbu
             f"{path}: {len(rejected)} of {len(listing)} samples rejected; most often: "
             f"{'; '.join(common_reasons(rejected))}. Images are looked for in {maker.root}"
         )
-    return Unbuilt(str(path), info, index, rejected)
+    return Unbuilt(str(path), info, index, sorted(rejected, key=lambda entry: entry["row"]))
 
 
 def _measure_shard(
