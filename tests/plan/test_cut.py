@@ -1,4 +1,4 @@
-"""What training would leave out: samples whose pictures fill the length, system prompts without a place. Refused above
+"""What training would leave out: samples that lose all answers, system prompts without a place. Refused above
 a share."""
 
 from types import SimpleNamespace

@@ -21,7 +21,7 @@ from llava_next.training.watch.metrics import flat
 RUN_KEYS = ("model", "run_dir", "max_steps", "log_every", "log_with", "log_required", "hang_seconds")
 RUN_KEYS += ("checkpoint", "profile", "activation_checkpointing")
 DATA_KEYS = ("token_budget", "tile_budget", "num_workers", "reads_in_flight", "cache_dir", "cache_gb", "stall_seconds")
-DATA_KEYS += ("max_skip_share", "allow_cut", "validation", "validation_every", "validation_steps")
+DATA_KEYS += ("image_root", "max_skip_share", "allow_cut", "validation", "validation_every", "validation_steps")
 FREE = (*RUN_KEYS, *(f"data.{key}" for key in DATA_KEYS))
 # These make the plan, whose own differences are refused or told (see `Mixture.resume`).
 PLAN = ("seed", "data.sources", "data.epochs", "data.batch_size", "data.shuffle_shards", "data.allow_changed_plan")

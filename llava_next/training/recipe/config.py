@@ -62,8 +62,8 @@ class DataConfig:
         cache_dir: local folder that keeps what was read from the network; the ranks of a node share it.
         cache_gb: size of that folder at most, in GB; what was used longest ago goes first.
         stall_seconds: without data for so long, a dump of what is in flight is written to the run folder.
-        max_skip_share: share of undecodable samples above which the run stops, and of samples whose pictures alone fill
-            max_length, so that no answer is left, above which it does not start.
+        max_skip_share: share of undecodable samples above which the run stops, and of samples that max_length leaves
+            without any answer above which it does not start; held-out data too.
         allow_cut: start although more samples than that lose their answers.
         validation: held-out data sets, given like sources.
         validation_every: steps between held-out losses, besides the one at the end; 0 measures at the end only.
