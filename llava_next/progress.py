@@ -2,7 +2,9 @@
 
 import contextlib
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,9 +15,12 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 @contextlib.contextmanager
 def worker_pool(workers: int, initializer: Callable | None = None, initargs: tuple = ()) -> Iterator[Executor]:
-    """`workers` processes, or with 0 a thread of this one. An error in the block cancels what has not begun."""
+    """`workers` processes, or with 0 a thread of this one. An error in the block cancels what has not begun.
+
+    The processes end with this one, however it ends.
+    """
     if workers:
-        pool = ProcessPoolExecutor(workers, PROCESSES, initializer, initargs)
+        pool = ProcessPoolExecutor(workers, PROCESSES, _start, (initializer, initargs))
     else:
         pool = ThreadPoolExecutor(1, initializer=initializer, initargs=initargs)
     with pool:
@@ -24,6 +29,18 @@ def worker_pool(workers: int, initializer: Callable | None = None, initargs: tup
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start(initializer: Callable | None, initargs: tuple) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for its next task on a pipe that its fellows hold open, so it would not see the end."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class Progress:
