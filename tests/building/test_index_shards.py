@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from transformers import AutoTokenizer
@@ -14,9 +15,9 @@ from transformers import AutoTokenizer
 import build_shards
 import index_shards
 from building.adding_lengths import add_lengths
-from llava_next.data.format.index import INDEX_FILE, read_dataset
+from llava_next.data.format.index import FIRST_TARGET_PREFIX, INDEX_FILE, read_dataset
 from llava_next.data.format.shards import BadSample, read_sample
-from llava_next.data.format.writer import NEXT_FILE
+from llava_next.data.format.writer import NEXT_FILE, replace_index
 from llava_next.data.loading.encode import Encoder, picture_tiles
 from llava_next.data.storage.client import Storage, StorageError
 from llava_next.templates import get_template
@@ -298,6 +299,17 @@ def test_text_lengths_added_later_are_those_of_the_build(built, tmp_path, tokeni
     again = index(out, "--tokenizer", argument)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert index(out, "--tokenizer", f"{tokenizer_folder}:llama_3").returncode == 1
+
+
+def test_an_index_with_text_lengths_alone_gets_the_places_of_first_answers(built, tmp_path, tokenizer_folder):
+    out, argument = copy(built, tmp_path / "set"), f"{tokenizer_folder}:mistral"
+    assert index(out, "--tokenizer", argument).returncode == 0
+    whole, info, file = (out / INDEX_FILE).read_bytes(), read_dataset(out)[0], pq.ParquetFile(out / INDEX_FILE)
+    tables = [file.read_row_group(number).drop_columns(["shard"]) for number in range(len(info.shards))]
+    first = [name for name in tables[0].schema.names if name.startswith(FIRST_TARGET_PREFIX)]
+    replace_index(Storage(out), info, zip(info.shards, [table.drop_columns(first) for table in tables], strict=True))
+    assert read_dataset(out)[1].exact_text_tokens and not read_dataset(out)[1].first_targets
+    assert index(out, "--tokenizer", argument).returncode == 0 and (out / INDEX_FILE).read_bytes() == whole
 
 
 def test_adding_lengths_reads_only_the_json_members(tmp_path, tokenizer_folder):

@@ -18,6 +18,7 @@ from llava_next.anyres import AnyRes
 from llava_next.data.format.dataset import DatasetInfo, ShardInfo
 from llava_next.data.format.index import Index, Lengths
 from llava_next.data.format.shards import RawSample, sample_members
+from llava_next.data.format.tar import one_line
 from llava_next.data.format.writer import IndexRows, index_only, index_row, shard_name
 from llava_next.data.inputs.listing import Reader, list_json
 from llava_next.data.inputs.samples import (
@@ -74,7 +75,7 @@ class Unbuilt:
             lines.append(f"  {sum(len(entries) for _, entries in others):,} for {len(others)} other reasons")
         if len(self.rejected) > MAX_REJECTED_SHARE * self.listed:
             lines.append(f"  the build refuses more than {100 * MAX_REJECTED_SHARE:g} % (--max_rejected_share)")
-        return lines
+        return list(map(one_line, lines))
 
 
 def records_file(source: str) -> Path | None:
@@ -121,7 +122,7 @@ def measure(path: Path, maker: SampleMaker, tokenizers: tuple[str, ...]) -> Unbu
     if not info.samples:
         raise ValueError(
             f"{path}: {len(rejected)} of {len(listing)} samples rejected; most often: "
-            f"{'; '.join(common_reasons(rejected))}. Images are looked for in {maker.root}"
+            f"{'; '.join(common_reasons(rejected))}. Images are looked for in {maker.root} (data.image_root)"
         )
     return Unbuilt(str(path), info, index, sorted(rejected, key=lambda entry: entry["row"]))
 
