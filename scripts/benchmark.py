@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))  # its servers that misbehave, and its real tokenizers
+sys.path.append(str(ROOT / "tests"))  # its servers that misbehave, its profile of mix665K, its real tokenizers
 SUBJECTS = {
     "step": "a training step: speed, memory, time by part; on a CPU against padded stock transformers",
     "ablate": "what each lever of the training step gives",

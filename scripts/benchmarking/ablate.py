@@ -10,34 +10,26 @@ from __future__ import annotations
 import gc
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from benchmarking.cards import CARDS, table, write_card
-from benchmarking.levers import GPU_ONLY, REBUILT, SWITCHES, Bench, Micros, Unavailable, ready
-from benchmarking.samples import packed_step, profile_samples
-from benchmarking.step import add_work_arguments, begin, card_name
-from benchmarking.training import How, Work, build
-from llava_next.paths import local_path
+from benchmarking.cards import table, write_card
+from benchmarking.levers import GPU_ONLY, REBUILT, SWITCHES, Bench, Unavailable, ready
+from benchmarking.training import How, add_work_arguments, begin, build, card_name
 from llava_next.training.devices.parallel import finish
-from llava_next.training.forecast.budget import POLICIES
-
-LATE = "not begun: no time left"
 
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py ablate`."""
     add_work_arguments(parser)
-    parser.add_argument("--checkpointing", choices=["auto", *POLICIES], default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", "--repeats", type=int, default=3, help="of each lever")
     parser.add_argument("--padded_batch", type=int, default=4, help="samples that are padded to one length")
-    parser.add_argument("--levers", nargs="+", choices=[*SWITCHES, *REBUILT, "optimizer"], help="default: all")
+    parser.add_argument("--levers", nargs="+", choices=[*SWITCHES, *REBUILT], default=[*SWITCHES, *REBUILT])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no lever after so many")
-    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 @dataclass
@@ -60,135 +52,107 @@ class Outcome:
         return max(float((a - b).norm() / b.norm().clamp_min(least)) for a, b in pairs)
 
 
-def measure(model: nn.Module, micros: Micros, device: torch.device, repeats: int, warmup: int = 0) -> Outcome:
-    """Forward and backward of the step, `repeats` times after `warmup`; the gradients are those of the last."""
+def measure(
+    model: nn.Module,
+    micros: Sequence,
+    device: torch.device,
+    repeats: int,
+    warmup: int = 0,
+    loss: Callable | None = None,
+) -> Outcome:
+    """Forward and backward of the step, `repeats` times after `warmup`; the gradients are those of the last.
+
+    Args:
+        loss: of one of `micros`; default: what the model makes of a `PackedBatch`.
+    """
+    loss = loss or (lambda batch: model(**batch.model_inputs(device)).loss)
     seconds, on_gpu = [], device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warmup + repeats):
         model.zero_grad()
-        begin = time.perf_counter()
-        loss = torch.zeros((), device=device)
+        begin, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in micros:
-            output = model(**batch.model_inputs(device)).loss
-            output.backward()
-            loss += output.detach()
-        total = loss.item()
+            part = loss(batch)
+            part.backward()
+            total += part.detach()
+        total = total.item()
         seconds.append(time.perf_counter() - begin)
-    memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return Outcome(seconds[warmup:], total, gradients(model, norms=on_gpu), memory)
-
-
-def gradients(model: nn.Module, norms: bool) -> dict[str, torch.Tensor]:
-    """Of every parameter that has one, by name; only the norms where copies would not fit."""
-    found = {}
+    memory, gradients = torch.cuda.max_memory_allocated(device) if on_gpu else None, {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             whole = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-            found[name] = whole.float().norm() if norms else whole.clone()
-    return found
+            gradients[name] = whole.float().norm() if on_gpu else whole.clone()  # copies would not fit a GPU
+    return Outcome(seconds[warmup:], total, gradients, memory)
 
 
 def run(args) -> None:
     """Measures the levers and writes their card."""
     work, config, policy, accelerator = begin(args)
-    deadline = time.monotonic() + args.seconds
-    wanted = args.levers or [*SWITCHES, *REBUILT, "optimizer"]
-    model, optimizer = build(accelerator, config, work.rates, How(policy))
-    bench = bench_of(accelerator, model, work, args.padded_batch, policy)
-    base = measure(model, bench.micros, accelerator.device, args.repeats, args.warmup)
-    rows = [row("as it is", base, base)]
-    rows += switches(bench, [name for name in SWITCHES if name in wanted], args.repeats, deadline)
+    deadline, device = time.monotonic() + args.seconds, accelerator.device
+    model, _ = build(accelerator, config, work.rates, How(policy))
+    samples, micros = work.step(config)
+    bench = Bench(accelerator, model, samples, [], args.padded_batch, policy)
+    bench.micros = ready([batch.weighted(bench.weights) for batch in micros], device)
+    base = measure(model, bench.micros, device, args.steps, args.warmup)
+    rows = [compared(base, base) | {"lever": "as it is"}]
+    for name in SWITCHES:
+        if name in args.levers and not (name in GPU_ONLY and device.type != "cuda"):
+            rows.append(row(f"{name}: {SWITCHES[name][0]}", deadline, switch, bench, name, args.steps))
     figures = {"layers": config.text_config.num_hidden_layers, "checkpointing": policy, "samples": work.samples}
-    if accelerator.device.type == "cuda":
+    if device.type == "cuda":
         figures["host_waits"] = host_waits(bench)
-    if "optimizer" in wanted:
-        figures["optimizer_s"] = optimizers(bench, optimizer, args.repeats)
-    del model, optimizer
+    del model, _
     bench.model = None
-    rows += rebuilt(bench, config, work, base, [name for name in REBUILT if name in wanted], args, deadline)
-    figures["levers"] = rows
-    print(table(("lever", "seconds", "against as it is", "loss moved", "gradients moved", "GB"), map(line, rows)))
+
+    def rebuilt(name: str) -> dict:
+        accelerator.free_memory()
+        gc.collect()
+        torch.cuda.empty_cache()
+        other, _ = build(accelerator, config, work.rates, replace(How(policy), **REBUILT[name]))
+        return compared(measure(other, bench.micros, device, args.steps, args.warmup), base)
+
+    figures["levers"] = rows + [row(name, deadline, rebuilt, name) for name in REBUILT if name in args.levers]
+    head = ("lever", "seconds", "against as it is", "loss moved", "gradients moved", "GB")
+    print(table(head, map(line, figures["levers"])))
     print({name: value for name, value in figures.items() if name != "levers"}, flush=True)
     write_card(card_name("ablate", work, args.device), figures, args.out)
     finish(accelerator)
 
 
-def bench_of(accelerator: Accelerator, model: nn.Module, work: Work, padded_batch: int, policy: str) -> Bench:
-    """A step of the work."""
-    samples = profile_samples(work.samples, model.config, 0, work.stage, work.shortened)
-    bench = Bench(accelerator, model, samples, [], padded_batch, policy)
-    micros = packed_step(samples, model.config, work.token_budget, work.tile_budget, work.rates)
-    bench.micros = ready([batch.weighted(bench.weights) for batch in micros], accelerator.device)
-    return bench
+def row(lever: str, deadline: float, measure_it: Callable[..., dict], *arguments) -> dict:
+    """What was measured of a lever, or why nothing was."""
+    if time.monotonic() > deadline:
+        return {"lever": lever, "error": "not begun: no time left"}
+    try:
+        return {"lever": lever, **measure_it(*arguments)}
+    except torch.OutOfMemoryError:
+        return {"lever": lever, "error": "out of memory"}
+    except (Unavailable, ValueError) as reason:  # ValueError: float8 where it cannot run
+        return {"lever": lever, "error": str(reason)}
 
 
-def switches(bench: Bench, names: list[str], repeats: int, deadline: float = float("inf")) -> list[dict]:
+def switch(bench: Bench, name: str, repeats: int) -> dict:
     """The step as it is and the step with one thing different, in turns."""
-    device, rows = bench.accelerator.device, []
-    for name in names:
-        if name in GPU_ONLY and device.type != "cuda":
-            continue
-        what, lever = SWITCHES[name]
-        if time.monotonic() > deadline:
-            rows.append({"lever": f"{name}: {what}", "error": LATE})
-            continue
-        plain, different = [], []
-        try:
-            for _ in range(repeats):
-                on = measure(bench.model, bench.micros, device, 1)
-                with lever(bench) as micros:
-                    off = measure(bench.model, micros, device, 1)
-                plain += on.seconds
-                different += off.seconds
-        except torch.OutOfMemoryError:
-            rows.append({"lever": f"{name}: {what}", "error": "out of memory"})
-            continue
-        except Unavailable as reason:
-            rows.append({"lever": f"{name}: {what}", "error": str(reason)})
-            continue
-        on.seconds, off.seconds = plain, different
-        rows.append(row(f"{name}: {what}", off, on))
-    return rows
+    device, plain, different = bench.accelerator.device, [], []
+    for _ in range(repeats):
+        on = measure(bench.model, bench.micros, device, 1)
+        with SWITCHES[name][1](bench) as micros:
+            off = measure(bench.model, micros, device, 1)
+        plain += on.seconds
+        different += off.seconds
+    return compared(replace(off, seconds=different), replace(on, seconds=plain))
 
 
-def rebuilt(bench: Bench, config, work: Work, base: Outcome, names: list[str], args, deadline: float) -> list[dict]:
-    """Each model of its own against the first measurement."""
-    rows, device = [], bench.accelerator.device
-    for name in names:
-        if time.monotonic() > deadline:
-            rows.append({"lever": name, "error": LATE})
-            continue
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            model, _ = build(bench.accelerator, config, work.rates, replace(How(bench.policy), **REBUILT[name]))
-            rows.append(row(name, measure(model, bench.micros, device, args.repeats, args.warmup), base))
-        except torch.OutOfMemoryError:
-            rows.append({"lever": name, "error": "out of memory"})
-        except ValueError as error:  # float8 where it cannot run
-            rows.append({"lever": name, "error": str(error)})
-        model = None
-        bench.accelerator.free_memory()
-    return rows
-
-
-def optimizers(bench: Bench, optimizer: torch.optim.Optimizer, repeats: int) -> dict[str, float]:
-    """Seconds of an update by AdamW's three implementations. Comes last: it moves the weights."""
-    inner, found = getattr(optimizer, "optimizer", optimizer), {}
-    for name, flags in (("fused", (True, False)), ("foreach", (False, True)), ("loop", (False, False))):
-        seconds = []
-        for group in inner.param_groups:
-            group["fused"], group["foreach"] = flags
-        for _ in range(repeats + 1):
-            wait(bench.accelerator.device)
-            begin = time.perf_counter()
-            inner.step()
-            wait(bench.accelerator.device)
-            seconds.append(time.perf_counter() - begin)
-        found[name] = median(seconds[1:])
-    return found
+def compared(outcome: Outcome, base: Outcome) -> dict:
+    """A lever's figures; the first repeats of both are as warm as the others."""
+    return {
+        "seconds": median(outcome.seconds),
+        "ratio": median(outcome.seconds) / median(base.seconds),
+        "loss_moved": abs(outcome.loss / base.loss - 1),
+        "gradients_moved": outcome.distance(base),
+        "memory_gb": outcome.memory and outcome.memory / 1e9,
+    }
 
 
 def host_waits(bench: Bench) -> int:
@@ -202,24 +166,6 @@ def host_waits(bench: Bench) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def row(name: str, outcome: Outcome, base: Outcome) -> dict:
-    """A line of the table; the first repeats of both are as warm as the others."""
-    return {
-        "lever": name,
-        "seconds": median(outcome.seconds),
-        "ratio": median(outcome.seconds) / median(base.seconds),
-        "loss_moved": abs(outcome.loss / base.loss - 1),
-        "gradients_moved": outcome.distance(base),
-        "memory_gb": outcome.memory and outcome.memory / 1e9,
-    }
 
 
 def line(row: dict) -> tuple:

@@ -13,23 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarking.cards import CARDS, ROOT, write_card
+from benchmarking.cards import ROOT, add_out, write_card
 from benchmarking.datasets import conversation, describe, photographs
-from llava_next.paths import local_path
 
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py build`."""
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=local_path, default=CARDS)
+    add_out(parser)
 
 
 def run(args) -> None:
     """Builds in a scratch folder and writes the card."""
     with tempfile.TemporaryDirectory(prefix="benchmark-build-") as scratch:
         source, out = Path(scratch) / "source", Path(scratch) / "shards"
-        source.mkdir()
         write_source(source, args.samples)
         command = [
             *(sys.executable, str(ROOT / "data_tools" / "build_shards.py"), "--json", str(source / "samples.json")),
@@ -38,19 +36,16 @@ def run(args) -> None:
         begin = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         seconds = time.perf_counter() - begin
-        figures = {
-            "workers": args.workers,
-            "seconds": seconds,
-            "samples_per_s": args.samples / seconds,  # starting Python and checking the input included
-            "data": describe(out),
-        }
-    print(f"{figures['samples_per_s']:.1f} samples/s with {args.workers} workers", flush=True)
+        rate = args.samples / seconds  # starting Python and checking the input included
+        figures = {"workers": args.workers, "seconds": seconds, "samples_per_s": rate, "data": describe(out)}
+    print(f"{rate:.1f} samples/s with {args.workers} workers", flush=True)
     write_card("build", figures, args.out)
 
 
 def write_source(folder: Path, count: int) -> None:
     """LLaVA JSON and photographs of 640 x 480, a file each."""
     rng, records = np.random.default_rng(0), []
+    folder.mkdir()
     for number, photo in enumerate(photographs(min(count, 100))):
         photo.save(folder / f"{number}.jpg", quality=92)
     for number in range(count):

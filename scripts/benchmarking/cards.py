@@ -1,4 +1,4 @@
-"""Cards: what was measured, with all that is needed to measure it again, as small JSON files; and their comparison."""
+"""Cards: what was measured, with all that is needed to measure it again, as small JSON files."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
+
+from llava_next.paths import local_path
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "scripts" / "benchmarks"
 PACKAGES = ("torch", "transformers", "accelerate", "torchao", "liger-kernel")
 PACKAGES += ("obstore", "webdataset", "pillow", "numpy", "pyarrow")
+
+
+def add_out(parser, default: Path = CARDS) -> None:
+    """The option `--out`."""
+    parser.add_argument("--out", type=local_path, default=default, help="folder for the cards")
 
 
 def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:
@@ -28,11 +35,12 @@ def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:
         figures: JSON; nested dictionaries and lists are fine.
         out: folder of the cards.
     """
+    installed = {found.name.lower().replace("_", "-"): found.version for found in distributions()}
     card = {
         "command": command_line(sys.argv[1:]),
         "hardware": hardware(),
         "load_average": [round(x, 2) for x in os.getloadavg()],  # of the machine, when the card was written
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "versions": {"python": platform.python_version(), **{n: installed[n] for n in PACKAGES if n in installed}},
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "figures": rounded(figures),
@@ -47,7 +55,9 @@ def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:
 def hardware() -> dict:
     """Processor, cores that this process may use, memory in GB, and the GPU if there is one."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    found = {"cpu": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1)}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+    found = {"cpu": processor, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1)}
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         found |= {"gpu": device.name, "gpu_memory_gb": round(device.total_memory / 1e9, 1), "cuda": torch.version.cuda}
@@ -93,37 +103,3 @@ def table(head: Iterable[str], rows: Iterable[Iterable]) -> str:
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
-
-
-def compare(first: dict, second: dict) -> list[tuple[str, float, float, float]]:
-    """(name, first, second, second / first) of every number that two cards share and that is not 0 in the first."""
-    theirs = dict(_numbers(second["figures"]))
-    return [
-        (name, value, theirs[name], theirs[name] / value)
-        for name, value in _numbers(first["figures"])
-        if value and name in theirs
-    ]
-
-
-def _numbers(value, prefix: str = "") -> Iterator[tuple[str, float]]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in pairs:
-        yield from _numbers(item, f"{prefix}.{key}" if prefix else str(key))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield prefix, float(value)
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()

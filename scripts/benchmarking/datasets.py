@@ -33,11 +33,11 @@ MEAN_TOKENS, SIGMA = 270, 0.6  # of mix665K's largest source, see tests/data/mix
 BYTES_PER_TOKEN = 4.3
 
 
-def photographs(count: int, seed: int = 0) -> list[Image.Image]:
+def photographs(count: int) -> list[Image.Image]:
     """Random crops of scikit-image's photographs at 640 x 480."""
     from skimage import data
 
-    rng, images = np.random.default_rng(seed), []
+    rng, images = np.random.default_rng(0), []
     originals = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS]
     for number in range(count):
         photo = originals[number % len(originals)]
@@ -69,30 +69,26 @@ def licence() -> str:
     return (ROOT / "LICENSE").read_text()
 
 
-def raw_samples(anyres: AnyRes, count: int, seed: int = 0) -> list[RawSample]:
+def raw_samples(anyres: AnyRes, count: int) -> list[RawSample]:
     """Samples of one picture each: photographs for `CLIP`, one tile of a photograph for `SMALL`."""
-    rng, size = np.random.default_rng(seed), anyres.tile_size
-    pictures = photographs(min(count, DISTINCT), seed)
+    rng, size = np.random.default_rng(0), anyres.tile_size
+    pictures = photographs(min(count, DISTINCT))
     if anyres == SMALL:
         pictures = [picture.resize((size, size)) for picture in pictures]
-    strips = []
-    for picture in pictures:
-        (rows, cols), (ext, data) = anyres.grid(*picture.size), encode_strip(anyres.tiles(picture))
-        strips.append(StripInfo(*picture.size, rows, cols, ext, data))
-    samples = []
-    for number in range(count):
-        image = replace(strips[number % len(strips)])
-        samples.append(RawSample(f"{number:06d}", str(number), "photos", conversation(rng), [image]))
-    return samples
+    strips = [StripInfo(*p.size, *anyres.grid(*p.size), *encode_strip(anyres.tiles(p))) for p in pictures]
+    return [
+        RawSample(f"{number:06d}", str(number), "photos", conversation(rng), [replace(strips[number % len(strips)])])
+        for number in range(count)
+    ]
 
 
-def write_shards(folder: Path, anyres: AnyRes, count: int, shard_samples: int, copies: int = 1, seed: int = 0) -> int:
+def write_shards(folder: Path, anyres: AnyRes, count: int, shard_samples: int, copies: int = 1) -> int:
     """Writes a data set of `count` samples, `copies` times under other shard names; samples altogether.
 
     Copies are hard links, so that a million samples cost an index of a million rows and a shard of a thousand.
     """
     folder.mkdir(parents=True)
-    samples, parts = raw_samples(anyres, count, seed), []
+    samples, parts = raw_samples(anyres, count), []
     for start in range(0, count, shard_samples):
         with ShardFile(folder / shard_name(len(parts))) as shard:
             for sample in samples[start : start + shard_samples]:
@@ -106,7 +102,7 @@ def write_shards(folder: Path, anyres: AnyRes, count: int, shard_samples: int, c
     return write_dataset(folder, anyres, "auto", parts).samples
 
 
-def build_encoder(anyres: AnyRes, max_length: int = 4096) -> tuple[Encoder, str]:
+def build_encoder(anyres: AnyRes) -> tuple[Encoder, str]:
     """An encoder with LLaMA3's tokenizer where the package that holds it is installed, else one trained here; its name.
 
     The second is smaller and somewhat faster; the card says which it was.
@@ -119,7 +115,7 @@ def build_encoder(anyres: AnyRes, max_length: int = 4096) -> tuple[Encoder, str]
         name, template = "trained on the licence", get_template("vicuna_v1")
         tokenizer = train_tokenizer([licence()], 4096, template.name)
     image_token_id = template.prepare_tokenizer(tokenizer)
-    return Encoder(template, tokenizer, image_token_id, anyres, max_length), name
+    return Encoder(template, tokenizer, image_token_id, anyres, max_length=4096), name
 
 
 def describe(folder: Path) -> dict:

@@ -6,40 +6,32 @@ import time
 
 import numpy as np
 
-from benchmarking.cards import CARDS, table, write_card
-from benchmarking.samples import LLMS, STAGES, TOWERS, geometry, model_config, profile_sizes
+from benchmarking.cards import add_out, table, write_card
 from llava_next.data.plan.dealing import deal
-from llava_next.paths import local_path
 from llava_next.training.forecast.flops import cost_model
+from llava_next.training.recipe.optim import Rates
+from support.published import VICUNA, full_config, profile_samples
 
-GOALS = {8: 0.985, 16: 0.97, 64: 0.93}  # for 128 samples a step
+GOALS = {8: 0.985, 16: 0.97, 64: 0.93}
+BATCH_SIZE, TOKEN_BUDGET, TILE_BUDGET = 128, 8192, 64
 
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py deal`."""
-    parser.add_argument("--model", default="vicuna-7b", choices=list(LLMS))
-    parser.add_argument("--tower", default="clip-336", choices=list(TOWERS))
     parser.add_argument("--worlds", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--token_budget", type=int, default=8192)
-    parser.add_argument("--tile_budget", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=local_path, default=CARDS)
+    add_out(parser)
 
 
 def run(args) -> None:
     """Deals and writes the card."""
-    config = model_config(args.model, args.tower)
-    anyres, cost = geometry(config), cost_model(config, STAGES[2].rates)
-    figures, rows = {}, []
+    cost, figures, rows = cost_model(full_config(VICUNA), Rates()), {}, []
     for world in args.worlds:
         balances, seconds, micros = [], [], []
         for step in range(args.steps):
-            sizes = profile_sizes(args.batch_size, step)
-            lengths = np.array([text + (anyres.num_tokens(*size) if size else 0) for text, size in sizes])
-            tiles = np.array([anyres.num_tiles(*size) if size else 0 for _, size in sizes])
+            lengths, tiles = profile_samples(BATCH_SIZE, step)
             begin = time.process_time()
-            bins = deal(lengths, tiles, world, args.token_budget, args.tile_budget, cost)
+            bins = deal(lengths, tiles, world, TOKEN_BUDGET, TILE_BUDGET, cost)
             seconds.append(time.process_time() - begin)
             costs = cost.sample_cost(lengths, tiles)
             slowest = sum(max(int(costs[members].sum()) for members in ranks) for ranks in bins)
@@ -47,7 +39,7 @@ def run(args) -> None:
             micros.append(len(bins))
         found = {"balance": np.mean(balances).item(), "ms": 1000 * np.median(seconds).item()}
         figures[str(world)] = found | {"worst": min(balances).item(), "micro_batches": np.mean(micros).item()}
-        goal = f">= {100 * GOALS[world]:.1f} %" if world in GOALS and args.batch_size == 128 else ""
+        goal = f">= {100 * GOALS[world]:.1f} %" if world in GOALS else ""
         rows.append((world, goal, f"{100 * found['balance']:.2f} %", "< 5 ms", f"{found['ms']:.2f} ms"))
     print(table(("ranks", "goal", "balance", "goal", "a step"), rows), flush=True)
     write_card("deal", figures, args.out)

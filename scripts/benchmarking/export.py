@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarking.cards import CARDS, write_card
+from benchmarking.cards import add_out, write_card
 from benchmarking.samples import LLMS, TOWERS, model_config
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
-from llava_next.paths import local_path
 
 
 def add_arguments(parser) -> None:
@@ -21,7 +20,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--tower", default="clip-336", choices=list(TOWERS))
     parser.add_argument("--scale", default="small")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=local_path, default=CARDS)
+    add_out(parser)
 
 
 def run(args) -> None:

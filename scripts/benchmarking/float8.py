@@ -11,10 +11,8 @@ import gc
 import tempfile
 from pathlib import Path
 
-from benchmarking.cards import CARDS, table, write_card
-from benchmarking.step import add_work_arguments, begin, card_name
-from benchmarking.training import How, build, run_steps
-from llava_next.paths import local_path
+from benchmarking.cards import table, write_card
+from benchmarking.training import How, add_work_arguments, begin, card_name, run_steps
 from llava_next.training.devices.parallel import finish
 from llava_next.training.recipe.optim import Rates
 
@@ -25,23 +23,19 @@ def add_arguments(parser) -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--distinct", type=int, default=4, help="steps of samples, which come in turns")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of everything but the tower")
-    parser.add_argument("--out", type=local_path, default=CARDS)
 
 
 def run(args) -> None:
     """Trains twice and writes both curves."""
     work, config, policy, accelerator = begin(args)
-    rates = faster(work.rates, args.rate)
-    steps = work.steps(args.distinct, config)
+    steps = [work.step(config, number)[1] for number in range(args.distinct)]
     steps = [steps[number % args.distinct] for number in range(args.steps)]
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    curves = {}
+    curves, rates = {}, faster(work.rates, args.rate)
     for name, how in ((precision, How(policy)), ("float8", How(policy, float8=True))):
         with tempfile.TemporaryDirectory() as scratch:
-            made = build(accelerator, config, rates, how)
-            found = run_steps(accelerator, *made, work, steps, warmup=0, run_dir=Path(scratch))
-        curves[name] = [record["loss"] for record in found.records]
-        del made
+            records, _ = run_steps(accelerator, config, how, work, rates, steps, Path(scratch))
+        curves[name] = [record["loss"] for record in records]
         accelerator.free_memory()
         gc.collect()
     figures = {

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarking.cards import ROOT, table, write_card
-from llava_next.paths import local_path
+from benchmarking.cards import ROOT, add_out, table, write_card
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--jobs", nargs="+", choices=[job.name for job in JOBS], default=[job.name for job in JOBS])
     parser.add_argument("--options", default="", help="for every job, as one string: '--steps 2 --shortened 8'")
-    parser.add_argument("--out", type=local_path, default=Path("cards"), help="for cards and traces; traces are large")
+    add_out(parser, Path("cards"))  # and for traces, which are large
 
 
 def run(args) -> None:

@@ -6,25 +6,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from types import FunctionType, MethodType
+from unittest import mock
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from benchmarking.samples import geometry, supervised
+from benchmarking.samples import Samples, supervised
 from llava_next.data.loading.batch import IGNORE, Example, PackedBatch, pack
 from llava_next.model.forward import head, modeling
 from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.devices.launch import layer_stacks
+from support.tiny import geometry
 
 Micros = list[PackedBatch]
 
@@ -39,7 +40,7 @@ class Bench:
 
     accelerator: Accelerator
     model: nn.Module
-    samples: list
+    samples: Samples
     micros: Micros
     padded_batch: int
     policy: str = "none"
@@ -53,23 +54,20 @@ class Bench:
 @contextlib.contextmanager
 def padding(bench: Bench) -> Iterator[Micros]:
     """Samples in groups, each padded to its group's longest, as a batch of the stock way."""
-    groups = [bench.samples[i : i + bench.padded_batch] for i in range(0, len(bench.samples), bench.padded_batch)]
-    anyres = geometry(bench.model.config)
-    packed = []
-    for group in groups:
-        longest = max(len(example.input_ids) for example, _ in group)
-        examples = [padded(example, longest) for example, _ in group]
+    anyres, packed = geometry(bench.model.config), []
+    for start in range(0, len(bench.samples), bench.padded_batch):
+        group = [example for example, _ in bench.samples[start : start + bench.padded_batch]]
+        longest = max(len(example.input_ids) for example in group)
+        examples = [padded(example, longest) for example in group]
         packed.append(pack(examples, anyres.tile_size, anyres.patches_per_tile).weighted(bench.weights))
     yield ready(packed, bench.accelerator.device)
 
 
 def padded(example: Example, length: int) -> Example:
     """The sample with unsupervised words at its end: under the causal mask they change nothing before them."""
-    more = length - len(example.input_ids)
-    ids = np.concatenate([example.input_ids, np.zeros(more, np.int64)])
-    return dataclasses.replace(
-        example, input_ids=ids, labels=np.concatenate([example.labels, np.full(more, IGNORE, np.int64)])
-    )
+    more = (0, length - len(example.input_ids))
+    ids, labels = np.pad(example.input_ids, more), np.pad(example.labels, more, constant_values=IGNORE)
+    return replace(example, input_ids=ids, labels=labels)
 
 
 @contextlib.contextmanager
@@ -80,21 +78,17 @@ def all_logits(bench: Bench) -> Iterator[Micros]:
 
 def everywhere(batch: PackedBatch) -> PackedBatch:
     """The micro-batch with a target at each of its positions."""
-    length, positions = len(batch.input_ids), batch.target_positions
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(length, dtype=values.dtype).index_put((positions,), values)
-
-    names = ("target_ids", "target_weights", "target_source", "target_slot")
-    return dataclasses.replace(
-        batch, target_positions=torch.arange(length), **{name: spread(getattr(batch, name)) for name in names}
-    )
+    changes = {"target_positions": torch.arange(len(batch.input_ids))}
+    for name in ("target_ids", "target_weights", "target_source", "target_slot"):
+        values = getattr(batch, name)
+        changes[name] = values.new_zeros(len(batch.input_ids)).index_put((batch.target_positions,), values)
+    return replace(batch, **changes)
 
 
 @contextlib.contextmanager
 def one_chunk(bench: Bench) -> Iterator[Micros]:
     """Logits of all supervised positions at once."""
-    with patched(head, "CHUNK", 1 << 30):
+    with mock.patch.object(head, "CHUNK", 1 << 30):
         yield bench.micros
 
 
@@ -102,14 +96,13 @@ def one_chunk(bench: Bench) -> Iterator[Micros]:
 def every_vision_layer(bench: Bench) -> Iterator[Micros]:
     """The tower to its end, features taken from before: transformers' own way."""
 
-    def whole_tower(tower, pixels, feature_layer):
+    def whole_tower(tower, pixels, feature_layer, run_tower=modeling.run_tower):
         hidden = features = run_tower(tower, pixels, feature_layer)
         for layer in tower.encoder.layers[modeling.used_layers(len(tower.encoder.layers), feature_layer) :]:
             hidden = layer(hidden, attention_mask=None)
         return features
 
-    run_tower = modeling.run_tower
-    with patched(modeling, "run_tower", whole_tower):
+    with mock.patch.object(modeling, "run_tower", whole_tower):
         yield bench.micros
 
 
@@ -117,27 +110,21 @@ def every_vision_layer(bench: Bench) -> Iterator[Micros]:
 def float_tiles(bench: Bench) -> Iterator[Micros]:
     """Tiles normalised on the host and copied as float32."""
     mean, std = modeling.NORMALISATION[bench.model.config.vision_config.model_type]
-    micros = [dataclasses.replace(b, tiles=modeling.normalise(b.tiles, mean, std)) for b in bench.micros]
-    with patched(modeling, "normalise", lambda tiles, *_: tiles):
+    micros = [replace(batch, tiles=modeling.normalise(batch.tiles, mean, std)) for batch in bench.micros]
+    with mock.patch.object(modeling, "normalise", lambda tiles, *_: tiles):
         yield ready(micros, bench.accelerator.device)
 
 
 @contextlib.contextmanager
 def pageable(bench: Bench) -> Iterator[Micros]:
     """Copies to the device from memory that is not page-locked: each waits (GPU only)."""
-    tensors = [f.name for f in dataclasses.fields(PackedBatch) if torch.is_tensor(getattr(bench.micros[0], f.name))]
-    yield [
-        dataclasses.replace(batch, **{name: getattr(batch, name).clone() for name in tensors}) for batch in bench.micros
-    ]
+    tensors = [f.name for f in fields(PackedBatch) if torch.is_tensor(getattr(bench.micros[0], f.name))]
+    yield [replace(batch, **{name: getattr(batch, name).clone() for name in tensors}) for batch in bench.micros]
 
 
 @contextlib.contextmanager
 def attention_by(kernel: str, bench: Bench) -> Iterator[Micros]:
-    """Another kernel in place of torch's variable-length one.
-
-    Raises:
-        Unavailable: it cannot run here.
-    """
+    """Another kernel in place of torch's variable-length one. Raises Unavailable where it cannot run."""
     try:
         choose_attention(kernel, bench.accelerator.device)
     except ValueError as error:
@@ -150,24 +137,14 @@ def attention_by(kernel: str, bench: Bench) -> Iterator[Micros]:
         bench.model.set_attn_implementation({"text_config": before, "vision_config": "sdpa"})
 
 
-@contextlib.contextmanager
-def patched(module, name: str, value) -> Iterator[None]:
-    """`module.name` is `value` inside."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
 def ready(micros: Micros, device: torch.device) -> Micros:
     """Page-locked where there is a GPU."""
     return [batch.pin_memory() for batch in micros] if device.type == "cuda" else micros
 
 
-def liger(operation: str, bench: Bench) -> contextlib.AbstractContextManager:
-    """One operation of the decoder layers by Liger's kernel. Only modules of this model are changed, and changed back.
+@contextlib.contextmanager
+def liger(operation: str, bench: Bench) -> Iterator[Micros]:
+    """One operation of the decoder layers by Liger's kernel; nothing of it stays.
 
     Args:
         operation: one of `LIGER`.
@@ -175,7 +152,7 @@ def liger(operation: str, bench: Bench) -> contextlib.AbstractContextManager:
     Raises:
         Unavailable: the package is not there, or nothing that runs its kernels.
     """
-    function, forwards = LIGER[operation]
+    function, replaced = LIGER[operation]
     try:
         kernel = getattr(importlib.import_module("liger_kernel.ops"), function)
     except ImportError as error:
@@ -183,49 +160,38 @@ def liger(operation: str, bench: Bench) -> contextlib.AbstractContextManager:
         raise Unavailable(f"{package} is not installed") from error
     if bench.accelerator.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise Unavailable("Liger's kernels need a GPU, or TRITON_INTERPRET=1")
-    return replaced_forwards(bench, forwards(bench, kernel.apply))
-
-
-@contextlib.contextmanager
-def replaced_forwards(bench: Bench, forwards: list[tuple[nn.Module, Callable]]) -> Iterator[Micros]:
-    """Each module computes by its function inside."""
-    for module, forward in forwards:
-        module.forward = forward
-    try:
+    with contextlib.ExitStack() as stack:
+        for patch in replaced(bench, kernel.apply):
+            stack.enter_context(patch)
         yield bench.micros
-    finally:
-        for module, _ in forwards:
-            del module.forward  # the class's own shows again
 
 
-def norms(bench: Bench, kernel: Callable) -> list[tuple[nn.Module, Callable]]:
+def norms(bench: Bench, kernel: Callable) -> Iterator:
     """RMSNorms of the language model: their input, weight and epsilon go to the kernel."""
-    modules = [module for module in bench.model.model.language_model.modules() if hasattr(module, "variance_epsilon")]
-    return [(m, lambda hidden, m=m: kernel(hidden, m.weight, m.variance_epsilon)) for m in modules]
+    for module in bench.model.model.language_model.modules():
+        if hasattr(module, "variance_epsilon"):
+            call = lambda hidden, m=module: kernel(hidden, m.weight, m.variance_epsilon)  # noqa: E731
+            yield mock.patch.object(module, "forward", call)
 
 
-def gated_mlps(bench: Bench, kernel: Callable) -> list[tuple[nn.Module, Callable]]:
+def gated_mlps(bench: Bench, kernel: Callable) -> Iterator:
     """MLPs of the decoder layers: gate and up go to the kernel."""
-    modules = [layer.mlp for layer in layer_stacks(bench.model)[1]]
-    return [(m, lambda x, m=m: m.down_proj(kernel(m.gate_proj(x), m.up_proj(x)))) for m in modules]
+    for layer in layer_stacks(bench.model)[1]:
+        call = lambda x, m=layer.mlp: m.down_proj(kernel(m.gate_proj(x), m.up_proj(x)))  # noqa: E731
+        yield mock.patch.object(layer.mlp, "forward", call)
 
 
-def rotations(bench: Bench, kernel: Callable) -> list[tuple[nn.Module, Callable]]:
-    """Attention of the decoder layers, with another `apply_rotary_pos_emb` among the globals of its forward."""
+def rotations(bench: Bench, kernel: Callable) -> Iterator:
+    """Attention of the decoder layers, by the name that it calls."""
+    kind = type(layer_stacks(bench.model)[1][0].self_attn)
+    if "apply_rotary_pos_emb" not in kind.forward.__code__.co_names:
+        raise Unavailable(f"{kind.__name__} does not call apply_rotary_pos_emb")
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         # The kernel writes into its input. Selective checkpointing keeps that and would rotate it a second time.
         return kernel(q.clone(), k.clone(), cos, sin) if bench.policy == "selective" else kernel(q, k, cos, sin)
 
-    found = []
-    for layer in layer_stacks(bench.model)[1]:
-        own = type(layer.self_attn).forward
-        if "apply_rotary_pos_emb" not in own.__code__.co_names:
-            raise Unavailable(f"{type(layer.self_attn).__name__} does not call apply_rotary_pos_emb")
-        names = {**own.__globals__, "apply_rotary_pos_emb": rotate}
-        copy = FunctionType(own.__code__, names, None, own.__defaults__, own.__closure__)
-        found.append((layer.self_attn, MethodType(copy, layer.self_attn)))
-    return found
+    yield mock.patch.object(sys.modules[kind.__module__], "apply_rotary_pos_emb", rotate)
 
 
 # name: (of Liger's autograd functions, what computes by it)

@@ -6,29 +6,27 @@ same cores: what is measured over the network here is a lower bound for a machin
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 from benchmarking import datasets
-from benchmarking.cards import CARDS, table, write_card
+from benchmarking.cards import add_out, table, write_card
 from benchmarking.serving import Serving
 from benchmarking.streaming import WEBDATASETS, Pass, Taken, take
-from llava_next.data.format.shards import read_sample
 from llava_next.data.format.writer import shard_name
-from llava_next.data.loading.batch import pack
-from llava_next.data.loading.encode import picture_tiles
+from llava_next.data.loading import encode, loader
 from llava_next.data.loading.loader import LoaderOptions, MicroBatches
 from llava_next.data.plan.mixture import Mixture
-from llava_next.paths import local_path
+from llava_next.templates import Template
 
 LATENCY = 0.1  # seconds before the first byte of every answer
-PARTS = ("cpu", "first", "throughput", "memory", "webdataset", "faults", "s3")
 FAULTS = ("reset", "503", "429", "stall", "truncated", "wrong_length", "etag", "flip", "missing", "403")
 FAULT_SAMPLES, FAULT_SHARDS = 96, 8
 _FOLDERS = re.compile(r"(?<![\w/:])/(?:[\w.+-]+/)+")  # of this machine, in tracebacks
@@ -36,7 +34,7 @@ _FOLDERS = re.compile(r"(?<![\w/:])/(?:[\w.+-]+/)+")  # of this machine, in trac
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py loader`."""
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--photos", type=int, default=1000, help="in the shard whose names make the large data set")
     parser.add_argument("--copies", type=int, default=1000, help="names of that shard")
     parser.add_argument("--stream_samples", type=int, default=2000, help="read for a throughput, in photographs")
@@ -45,26 +43,21 @@ def add_arguments(parser) -> None:
     parser.add_argument("--passes", type=int, default=5, help="over the photographs, for the CPU time")
     parser.add_argument("--fault_timeout", type=float, default=90.0, help="seconds until a run counts as hung")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--out", type=local_path, default=CARDS)
+    add_out(parser)
 
 
 def run(args) -> None:
     """Measures the parts asked for and writes a card for each."""
-    scratch, goals = Path(tempfile.mkdtemp(prefix="benchmark-loader-")), []
-    try:
-        data = Data(scratch, args)
+    with tempfile.TemporaryDirectory(prefix="benchmark-loader-") as scratch:
+        data = Data(Path(scratch), args)
         for part in args.parts:
             started = time.monotonic()
             figures, rows = MEASURES[part](args, data)
-            goals += rows
-            print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
-            print(table(("what", "goal", "measured"), rows), flush=True)
+            print(
+                f"{part}: {time.monotonic() - started:.0f} s\n{table(('what', 'goal', 'measured'), rows)}", flush=True
+            )
             about = {"latency_s": LATENCY, "workers": args.workers, "data": dict(data.made)}
             write_card(f"loader-{part}", {**about, part: figures, "goals": rows}, args.out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if len(args.parts) > 1:
-        print("\n" + table(("what", "goal", "measured"), goals), flush=True)
 
 
 class Data:
@@ -75,25 +68,19 @@ class Data:
     """
 
     def __init__(self, scratch: Path, args):
-        self.scratch, self.args, self.made = scratch, args, {}
+        self.scratch, self.made = scratch, {}
+        self.how = {  # geometry, samples, samples a shard, names of each shard
+            "photos": (datasets.CLIP, args.photos, args.photos, args.copies),  # a million samples by default
+            "strips": (datasets.SMALL, args.photos, args.photos, args.copies),
+            "middle": (datasets.CLIP, 96, 96, -(-args.stream_samples // 96)),  # enough for one throughput
+            "few": (datasets.CLIP, FAULT_SAMPLES, FAULT_SAMPLES // FAULT_SHARDS, 1),  # every sample is looked at
+        }
 
-    def large(self, anyres=datasets.CLIP) -> Path:
-        """A million samples by default."""
-        name = "photos" if anyres == datasets.CLIP else "strips"
-        return self._make(name, anyres, self.args.photos, self.args.photos, self.args.copies)
-
-    def middle(self) -> Path:
-        """Shards of 96 photographs, enough for one throughput."""
-        return self._make("middle", datasets.CLIP, 96, 96, -(-self.args.stream_samples // 96))
-
-    def few(self) -> Path:
-        """Some shards whose every sample is looked at."""
-        return self._make("few", datasets.CLIP, FAULT_SAMPLES, FAULT_SAMPLES // FAULT_SHARDS, 1)
-
-    def _make(self, name: str, *how) -> Path:
+    def folder(self, name: str) -> Path:
+        """Of a data set."""
         folder = self.scratch / name
-        if not folder.exists():
-            datasets.write_shards(folder, *how)
+        if name not in self.made:
+            datasets.write_shards(folder, *self.how[name])
             self.made[name] = datasets.describe(folder)
         return folder
 
@@ -101,17 +88,19 @@ class Data:
 def cpu(args, data: Data) -> tuple[dict, list]:
     """CPU time of a sample on one core, whole and by part: the loader's own code in this process."""
     encoder, tokenizer = datasets.build_encoder(datasets.CLIP)
-    mixture = Mixture([(data.middle(), "photos", 1.0)], datasets.CLIP, 128)
+    mixture = Mixture([(data.folder("middle"), "photos", 1.0)], datasets.CLIP, 128)
     requests = list(mixture.requests(0, 1, 8192, 48))
     requests = requests[: max(1, len(requests) // 2)]
     whole, parts = [], []
     for _ in range(args.passes):
-        loader = MicroBatches(mixture.storages, encoder, LoaderOptions(num_workers=0))
-        begin, count = time.process_time(), 0
-        for request in requests:
-            count += len(loader[request, None].slots)
-        whole.append((time.process_time() - begin) / count)
-        parts.append(split_cpu(loader, requests))
+        micros = MicroBatches(mixture.storages, encoder, LoaderOptions(num_workers=0))
+        with timed_parts() as spent:
+            begin = time.process_time()
+            count = sum(len(micros[request, None].slots) for request in requests)
+            whole.append((time.process_time() - begin) / count)
+        seconds = {name: sum(times) / count for name, times in spent.items()}
+        seconds["place"] -= seconds["decode"] + seconds["tokenize"]  # encoding a sample does all three
+        parts.append(seconds)
     by_part = {f"{name}_ms": 1000 * median(p[name] for p in parts) for name in parts[0]}
     rate = 1 / median(whole)
     figures = {"samples_per_s_per_core": rate, "best": 1 / min(whole), "tokenizer": tokenizer, **by_part}
@@ -119,83 +108,64 @@ def cpu(args, data: Data) -> tuple[dict, list]:
     return figures, [("decode + encode + pack, samples/s/core, 5 tiles", ">= 150", f"{rate:.0f} (ms: {shares})")]
 
 
-def split_cpu(loader: MicroBatches, requests: list) -> dict[str, float]:
-    """CPU seconds a sample of each part, one after the other in one thread."""
-    spent, encoder = dict.fromkeys(("read", "parse", "decode", "tokenize", "place", "pack"), 0.0), loader.encoder
+@contextlib.contextmanager
+def timed_parts() -> Iterator[dict[str, list[float]]]:
+    """CPU seconds of every call of each part of the loader's work inside, in whichever threads."""
+    parts = {
+        "read": (MicroBatches, "_read"),
+        "parse": (loader, "read_sample"),
+        "decode": (encode, "picture_tiles"),
+        "tokenize": (Template, "encode"),
+        "place": (encode.Encoder, "encode"),
+        "pack": (loader, "pack"),
+    }
+    spent = {name: [] for name in parts}
 
-    def timed(name: str, work: Callable, *arguments):
-        begin = time.process_time()
-        result = work(*arguments)
-        spent[name] += time.process_time() - begin
-        return result
+    def timed(name: str, work: Callable) -> Callable:
+        def call(*arguments, **options):
+            begin = time.thread_time()
+            result = work(*arguments, **options)
+            spent[name].append(time.thread_time() - begin)
+            return result
 
-    count = 0
-    for request in requests:
-        examples = []
-        for ref in request.samples:
-            raw = timed("parse", read_sample, timed("read", loader._read, ref), ref.location.key)
-            before = spent["decode"] + spent["tokenize"]
-            for number, image in enumerate(raw.images):
-                timed("decode", picture_tiles, image, number, encoder.anyres)
-            lengths = [encoder.anyres.num_tokens(image.width, image.height) for image in raw.images]
-            timed(
-                "tokenize",
-                encoder.template.encode,
-                raw.conversations,
-                encoder.tokenizer,
-                encoder.image_token_id,
-                lengths,
-            )
-            inside = spent["decode"] + spent["tokenize"] - before
-            examples.append(timed("place", encoder.encode, raw, ref.sample_id, ref.slot, ref.source))
-            spent["place"] -= inside  # encode does all three
-            count += 1
-        timed("pack", pack, examples, encoder.anyres.tile_size, encoder.anyres.patches_per_tile)
-    return {name: max(0.0, seconds) / count for name, seconds in spent.items()}
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name, (owner, method) in parts.items():
+            stack.enter_context(mock.patch.object(owner, method, timed(name, getattr(owner, method))))
+        yield spent
 
 
 def first(args, data: Data) -> tuple[dict, list]:
     """Time from the opening of the large data set to the first 16 samples, and what the index takes."""
-    folder, figures = data.large(), {}
+    folder = data.folder("photos")
     # a rank's share of a step of 128 on 8 ranks
     what = Pass("ours", str(folder), 32, batch_size=16, max_steps=1, num_workers=args.workers)
-    figures["local"] = brief(take(what))
-    with Serving("http", folder) as server:
+    local = brief(take(what))
+    with Serving(folder) as server:
         server.set(latency=LATENCY)
-        what.url = server.url
-        figures["http"] = brief(take(what))
-        what.server_early = False
-        figures["http_cold"] = brief(take(what))
-    local, http, cold = (figures[name] for name in ("local", "http", "http_cold"))
-    samples = f"{data.made['photos']['samples']:,}"
-    return figures, [
+        http = brief(take(replace(what, url=server.url)))
+        cold = brief(take(replace(what, url=server.url, server_early=False)))
+    samples, delay = f"{data.made['photos']['samples']:,}", f"{1000 * LATENCY:.0f} ms"
+    early = f"{http['first_s']:.1f} s ({cold['first_s']:.1f} s when worker processes import torch meanwhile)"
+    held = f"{local['index_mb']:.0f} MB ({local['grown_mb']:.0f} MB more resident, pyarrow and its buffers included)"
+    return {"local": local, "http": http, "http_cold": cold}, [
         (f"first 16 samples, local, index of {samples}", "<= 3 s", f"{local['first_s']:.1f} s"),
-        (
-            f"first 16 samples, HTTP with {1000 * LATENCY:.0f} ms, index of {samples}",
-            "<= 10 s",
-            f"{http['first_s']:.1f} s ({cold['first_s']:.1f} s when worker processes import torch meanwhile)",
-        ),
+        (f"first 16 samples, HTTP with {delay}, index of {samples}", "<= 10 s", early),
         (f"plan of {samples} samples ready, local", "<= 2 s", f"{local['open_s']:.1f} s"),
-        (
-            f"index of {samples} samples in memory",
-            "<= 100 MB",
-            f"{local['index_mb']:.0f} MB ({local['grown_mb']:.0f} MB more resident, pyarrow and its buffers included)",
-        ),
+        (f"index of {samples} samples in memory", "<= 100 MB", held),
     ]
 
 
 def throughput(args, data: Data) -> tuple[dict, list]:
     """Samples a second behind the latency: photographs, and strips so small that decoding is not the limit."""
     figures, rows = {}, []
-    for anyres, name in ((datasets.CLIP, "photographs in 5 tiles"), (datasets.SMALL, "strips of a kilobyte")):
-        folder, small = data.large(anyres), anyres == datasets.SMALL
-        samples = args.stream_samples * (5 if small else 1)
-        with Serving("http", folder) as server:
+    for key, name, more in (("photos", "photographs in 5 tiles", 1), ("strips", "strips of a kilobyte", 5)):
+        samples, small = args.stream_samples * more, key == "strips"
+        with Serving(data.folder(key)) as server:
             server.set(latency=LATENCY)
-            what = Pass("ours", server.url, samples, small=small, batch_size=32, num_workers=args.workers)
-            what.max_steps = samples // 32
-            key = "strips" if small else "photos"
-            figures[key] = brief(take(what))
+            what = Pass("ours", server.url, samples, small=small, num_workers=args.workers)
+            figures[key] = brief(take(replace(what, max_steps=samples // what.batch_size)))
         rate, spent = (figures[key][k] for k in ("samples_per_s", "cpu_ms_per_sample"))
         label = f"samples/s a rank at {1000 * LATENCY:.0f} ms, {args.workers} workers, {name}"
         rows.append((label, ">= 250", f"{rate:.0f} ({spent:.1f} ms of CPU each, server not counted)"))
@@ -204,77 +174,52 @@ def throughput(args, data: Data) -> tuple[dict, list]:
 
 def memory(args, data: Data) -> tuple[dict, list]:
     """Memory of a rank over a long run on strips: the main process and its workers."""
-    folder, batch = data.large(datasets.SMALL), 16
-    every = max(1, args.memory_steps // 100)
-    what = Pass(
-        *("ours", str(folder), batch * args.memory_steps),
-        small=True,
-        batch_size=batch,
-        max_steps=args.memory_steps,
-        num_workers=args.workers,
-        memory_every=every,
-    )
-    taken = take(what, timeout=3600)
-    looks = taken.memory[len(taken.memory) // 10 :]  # queues have filled by then
-    totals = [main + workers for _, main, workers, _ in looks] or [0.0]
-    early, late = (median(part) for part in (totals[: max(1, len(totals) // 4)], totals[-max(1, len(totals) // 4) :]))
+    steps, batch, url = args.memory_steps, 16, str(data.folder("strips"))
+    what = Pass("ours", url, batch * steps, small=True, batch_size=batch, max_steps=steps, num_workers=args.workers)
+    taken = take(replace(what, memory_every=max(1, steps // 100)), timeout=3600)
+    looks = taken.memory[len(taken.memory) // 10 :] or [[0.0] * 4]  # queues have filled by then
+    totals, quarter = [main + workers for _, main, workers, _ in looks], max(1, len(looks) // 4)
+    early, late = median(totals[:quarter]), median(totals[-quarter:])
+    _, main, workers, resident = (max(column) for column in zip(*looks, strict=True))
     figures = {
         **brief(taken),
-        "steps": args.memory_steps,
-        "peak_mb": max(totals),
-        "main_mb": max((main for _, main, *_ in looks), default=0.0),
-        "workers_mb": max((workers for *_, workers, _ in looks), default=0.0),
-        "resident_mb": max((resident for *_, resident in looks), default=0.0),
-        "growth": late / max(early, 1e-9) - 1,
+        **{"steps": steps, "peak_mb": max(totals), "growth": late / max(early, 1e-9) - 1},
+        **{"main_mb": main, "workers_mb": workers, "resident_mb": resident},
         "looks": [[int(step), *sizes] for step, *sizes in taken.memory],
     }
-    steps, peak = f"{args.memory_steps:,}", figures["peak_mb"]
     parts = (
-        f"main {figures['main_mb']:.0f}, {args.workers} workers and what they are forked from "
-        f"{figures['workers_mb']:.0f}; shared pages count once, else {figures['resident_mb']:,.0f}"
+        f"main {main:.0f}, {args.workers} workers and what they are forked from {workers:.0f}; shared pages count "
+        f"once, else {resident:,.0f}"
     )
+    growth = f"{1 + figures['growth']:.3f}"
     return figures, [
-        (f"memory of a rank over {steps} steps, last quarter / first", "<= 1.05", f"{1 + figures['growth']:.3f}"),
-        ("memory of a rank, peak", "< 1,500 MB", f"{peak:,.0f} MB ({parts})"),
+        (f"memory of a rank over {steps:,} steps, last quarter / first", "<= 1.05", growth),
+        ("memory of a rank, peak", "< 1,500 MB", f"{max(totals):,.0f} MB ({parts})"),
     ]
 
 
 def against_webdataset(args, data: Data) -> tuple[dict, list]:
     """Both readers on the same shards, behind the latency and without it."""
-    folder, figures, rows = data.middle(), {}, []
-    made = data.made["middle"]
-    names = [shard_name(k) for k in range(made["shards"])]
-    with Serving("http", folder) as server:
+    figures, rows = {}, []
+    with Serving(data.folder("middle")) as server:
+        made = data.made["middle"]
+        names = [shard_name(k) for k in range(made["shards"])]
         for latency in (LATENCY, 0.0):
             server.set(latency=latency)
-            found = {}
-            for reader in ("ours", "webdataset"):
-                what = Pass(reader, server.url, made["samples"], names, batch_size=32, num_workers=args.workers)
-                found[reader] = brief(take(what))
+            what = Pass("ours", server.url, made["samples"], names, num_workers=args.workers)
+            found = {reader: brief(take(replace(what, reader=reader))) for reader in ("ours", "webdataset")}
             figures[f"{1000 * latency:.0f}_ms"] = found
             label = f"webdataset + curl at {1000 * latency:.0f} ms, samples/s and CPU ms a sample (ours)"
-            told = (f"{found[r]['samples_per_s']:.0f} and {found[r]['cpu_ms_per_sample']:.1f}" for r in found)
-            ours, theirs = told
+            ours, theirs = (f"{f['samples_per_s']:.0f} and {f['cpu_ms_per_sample']:.1f}" for f in found.values())
             rows.append((label, "", f"{theirs} ({ours}, tokenised and packed)"))
     return figures, rows
 
 
-def s3(args, data: Data) -> tuple[dict, list]:
-    """Our loader over S3. moto is a mock of S3 in Python; this says that the path works, not how fast S3 is."""
-    folder = data.middle()
-    samples = data.made["middle"]["samples"]
-    with Serving("s3", folder) as server:
-        taken = take(Pass("ours", server.url, samples, num_workers=args.workers), server.environment)
-    figures = brief(taken)
-    return figures, [("samples/s over S3 (moto, itself the limit)", "", f"{figures['samples_per_s']:.0f}")]
-
-
 def faults(args, data: Data) -> tuple[dict, list]:
     """Each fault once, in the middle of a pass: what is lost, what is altered, how the run ends."""
-    folder = data.few()
+    folder, readers = data.folder("few"), {}
     names = [shard_name(k) for k in range(FAULT_SHARDS)]
-    readers = {}
-    with Serving("http", folder) as server:
+    with Serving(folder) as server:
         for reader in ("ours", *WEBDATASETS):
             before = FAULT_SAMPLES // 2 if reader == "ours" else FAULT_SHARDS // 2  # requests: of samples, of shards
             what = Pass(reader, server.url, FAULT_SAMPLES, names, batch_size=16, num_workers=args.workers)
@@ -324,10 +269,7 @@ def tell(found: dict) -> str:
 
 def brief(taken: Taken) -> dict:
     """What a card keeps of a pass."""
-    kept = asdict(taken)
-    for name in ("checksums", "memory"):
-        kept.pop(name)
-    return kept
+    return {name: value for name, value in asdict(taken).items() if name not in ("checksums", "memory")}
 
 
 MEASURES = {
@@ -337,5 +279,4 @@ MEASURES = {
     "memory": memory,
     "webdataset": against_webdataset,
     "faults": faults,
-    "s3": s3,
 }

@@ -1,6 +1,6 @@
-"""The tests' misbehaving servers in a process of their own, so that their work is not counted as the client's.
+"""The tests' misbehaving server in a process of its own, so that its work is not counted as the client's.
 
-    with Serving("http", folder) as server:
+    with Serving(folder) as server:
         server.set(latency=0.1, script=[None, "reset"])
         Storage(server.url)
 
@@ -17,37 +17,29 @@ from pathlib import Path
 
 from benchmarking.cards import ROOT
 
-
-def python_path() -> str:
-    """PYTHONPATH with which the benchmarks' processes find each other and the tests' servers and tokenizers."""
-    return os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT)])
+# with which the benchmarks' processes find each other and the tests' server and tokenizers
+PATHS = {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("scripts", "tests", "."))}
 
 
 class Serving:
-    """A server process over the files of `folder`; a context manager.
-
-    Args:
-        kind: `http` (tests/support/faults.py's FaultServer) or `s3` (moto).
-        folder: what is served.
+    """A server process over the files of `folder`, see tests/support/faults.py's FaultServer; a context manager.
 
     Attributes:
         url: where.
-        environment: variables that lead a client there.
     """
 
-    def __init__(self, kind: str, folder: Path):
-        self.kind, self.folder = kind, folder
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def __enter__(self) -> Serving:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarking.serving", self.kind, str(self.folder)],
-            env={**os.environ, "PYTHONPATH": python_path()},
+            [sys.executable, "-m", "benchmarking.serving", str(self.folder)],
+            env={**os.environ, **PATHS},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        ready = json.loads(self._process.stdout.readline())
-        self.url, self.environment = ready["url"], ready["environment"]
+        self.url = json.loads(self._process.stdout.readline())
         return self
 
     def set(self, **settings) -> int:
@@ -65,12 +57,12 @@ class Serving:
             self._process.wait()
 
 
-def serve(kind: str, folder: str) -> None:
+def serve(folder: str) -> None:
     """Serves until the standard input ends."""
-    from support.faults import FaultServer, S3Server
+    from support.faults import FaultServer
 
-    with (FaultServer if kind == "http" else S3Server)(folder) as server:
-        print(json.dumps({"url": server.url, "environment": getattr(server, "environment", {})}), flush=True)
+    with FaultServer(folder) as server:
+        print(json.dumps(server.url), flush=True)
         for line in sys.stdin:
             for name, value in json.loads(line).items():
                 setattr(server, name, value)
@@ -79,4 +71,4 @@ def serve(kind: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve(sys.argv[1])

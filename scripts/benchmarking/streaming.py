@@ -18,15 +18,15 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import psutil
 
 from benchmarking import datasets
-from benchmarking.serving import python_path
+from benchmarking.serving import PATHS
 from llava_next.anyres import AnyRes
-from llava_next.data.format.index import Index
 
 # readers by webdataset, and the handler of errors that they set: its own default raises
 WEBDATASETS = {"webdataset": None, "webdataset, warn_and_continue": "warn_and_continue"}
@@ -40,10 +40,10 @@ class Pass:
     Args:
         reader: `ours`, or one of `WEBDATASETS`.
         url: of the data set.
+        samples: in the pass, as far as it is read.
         shards: names, for webdataset, which has no index.
         small: tiles of 32 px instead of 336.
-        batch_size, max_steps, num_workers, reads_in_flight: of our loader; webdataset takes the workers only.
-        samples: in the pass, as far as it is read.
+        batch_size, max_steps, num_workers: of our loader; webdataset takes the workers only.
         checksums: of every picture, in the main process; for runs that are not timed.
         memory_every: steps between looks at the processes' memory; 0: none.
         server_early: start the server of worker processes before the clock, as the training scripts do.
@@ -57,7 +57,6 @@ class Pass:
     batch_size: int = 32
     max_steps: int | None = None
     num_workers: int = 4
-    reads_in_flight: int = 64
     checksums: bool = False
     memory_every: int = 0
     server_early: bool = True
@@ -90,57 +89,46 @@ class Taken:
     grown_mb: float = 0.0
 
 
-def take(what: Pass, environment: dict[str, str] | None = None, timeout: float = 600) -> Taken:
+def take(what: Pass, timeout: float = 600) -> Taken:
     """The pass in a process of its own; after `timeout` seconds it and its children are killed (error `hung`)."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarking.streaming", json.dumps(asdict(what))],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **(environment or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **PATHS},
             stdout=out,
             stderr=log,
             start_new_session=True,
         )
         try:
-            process.wait(timeout)
-            error = f"exit status {process.returncode}"
+            error = f"exit status {process.wait(timeout)}"
         except subprocess.TimeoutExpired:
             error = "hung"
-        _end(process)
-        out.seek(0)
-        lines = out.read().splitlines()
-        if lines:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers that it leaves behind, too
+        process.wait()
+        for file in (out, log):
+            file.seek(0)
+        if lines := out.read().splitlines():
             found = Taken(**json.loads(lines[-1]))
             found.error = found.error if error == "exit status 0" else error
             return found
-        log.seek(0)
         return Taken(error=error if error == "hung" else log.read()[-2000:])
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a pass and the workers that it leaves behind, by their process group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def main(what: Pass) -> Taken:
     """Reads and measures; keeps what it has on the standard output for a parent that loses patience."""
-    taken, clock = Taken(), time.monotonic
-    reader = _ours if what.reader == "ours" else _webdataset
-    warm = int(WARM * what.samples)
-    mark = None
+    taken, warm, mark = Taken(), int(WARM * what.samples), None
     try:
-        for count, pictures in reader(what, taken):
+        for count, pictures in (_ours if what.reader == "ours" else _webdataset)(what, taken):
             taken.seen += count
             taken.checksums |= pictures
             if mark is None and taken.seen >= warm:
-                mark = (clock(), cpu_seconds(), taken.seen)
+                mark = (time.monotonic(), cpu_seconds(), taken.seen)
             if what.checksums:
                 print(json.dumps(asdict(taken)), flush=True)
-        now = clock()
         if mark and taken.seen > mark[2]:
             samples = taken.seen - mark[2]
-            taken.samples_per_s = samples / (now - mark[0])
+            taken.samples_per_s = samples / (time.monotonic() - mark[0])
             taken.cpu_ms_per_sample = 1000 * (cpu_seconds() - mark[1]) / samples
     except Exception as error:
         taken.error = f"{type(error).__name__}: {error}"[-600:]
@@ -159,22 +147,25 @@ def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
         probe = multiprocessing.get_context("forkserver").Process(target=time.time)
         probe.start()
         probe.join()  # in a run, the model loads in the meantime
-    before, begin = resident_mb(), time.monotonic()
+    before, begin = psutil.Process().memory_info().rss, time.monotonic()
     mixture = Mixture([(what.url, "photos", 1.0)], anyres, what.batch_size)
     mixture.deal(0, 8, 8192, 48)
-    taken.open_s, taken.grown_mb = time.monotonic() - begin, resident_mb() - before
-    taken.index_mb = sum(map(held_mb, mixture.indexes))
-    options = LoaderOptions(what.num_workers, what.reads_in_flight)
-    feed = Feed(build_loader(mixture, encoder, 0, 1, 8192, 48, options=options))
+    taken.open_s, taken.grown_mb = time.monotonic() - begin, (psutil.Process().memory_info().rss - before) / 1e6
+    columns = [
+        value for index in mixture.indexes for value in (*vars(index).values(), *index.exact_text_tokens.values())
+    ]
+    taken.index_mb = sum(getattr(column, "nbytes", 0) for column in columns) / 1e6
+    feed = Feed(build_loader(mixture, encoder, 0, 1, 8192, 48, options=LoaderOptions(what.num_workers)))
+    io = Counter()
     try:
         for step, micros in feed:
             taken.first_s = taken.first_s or time.monotonic() - begin
             for batch in micros:
-                for name, value in batch.io.items():
-                    taken.io[name] = taken.io.get(name, 0) + value
-            pictures = {}
-            if what.checksums:
-                pictures = {key: crc for batch in micros for key, crc in _checksums(batch, anyres)}
+                io.update(batch.io)
+            taken.io = dict(io)
+            pictures = (
+                {key: crc for batch in micros for key, crc in _checksums(batch, anyres)} if what.checksums else {}
+            )
             if what.memory_every and step % what.memory_every == 0:
                 taken.memory.append([step, *memory_mb()])
             yield sum(len(batch.slots) for batch in micros), pictures
@@ -197,15 +188,13 @@ def _webdataset(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]
     import webdataset as wds
     from torch.utils.data import DataLoader
 
-    begin = time.monotonic()
+    begin, handler = time.monotonic(), WEBDATASETS[what.reader]
     urls = [f"{what.url}/{name}" for name in what.shards]
-    handler = WEBDATASETS[what.reader] and getattr(wds, WEBDATASETS[what.reader])
-    options = {"handler": handler} if handler else {}
+    options = {"handler": getattr(wds, handler)} if handler else {}
     dataset = wds.WebDataset(urls, shardshuffle=False, empty_check=False, **options).decode("pil", **options)
     for sample in DataLoader(dataset, batch_size=None, num_workers=what.num_workers):
         taken.first_s = taken.first_s or time.monotonic() - begin
-        key = sample["__key__"]
-        yield 1, {key: zlib.crc32(sample["0.jpg"].tobytes())} if what.checksums else {}
+        yield 1, {sample["__key__"]: zlib.crc32(sample["0.jpg"].tobytes())} if what.checksums else {}
 
 
 def cpu_seconds() -> float:
@@ -213,8 +202,7 @@ def cpu_seconds() -> float:
     total = 0.0
     for process in _family():
         with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
+            total += sum(process.cpu_times()[:4])  # user, system, and both of its children
     return total
 
 
@@ -222,28 +210,13 @@ def memory_mb() -> tuple[float, float, float]:
     """Proportional set size of this process, and of all below it, in MB: shared pages count once, and what programs
     outside share (the code of torch) counts in part. Third, all resident sets added up, which count shared pages for
     every process that has them."""
-    sizes, resident = [], 0.0
+    shared, resident = [], 0.0
     for process in _family():
-        found = {"Pss:": 0.0, "Rss:": 0.0}
-        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/smaps_rollup") as file:
-            found |= {words[0]: int(words[1]) / 1e3 for words in map(str.split, file) if words[0] in found}
-        sizes.append(found["Pss:"])
-        resident += found["Rss:"]
-    return sizes[0], sum(sizes[1:]), resident
-
-
-def held_mb(index: Index) -> float:
-    """Bytes of an index's columns, in MB."""
-    columns = [value for value in vars(index).values() if hasattr(value, "nbytes")]
-    return (
-        sum(column.nbytes for column in (*columns, *index.exact_text_tokens.values(), *index.first_targets.values()))
-        / 1e6
-    )
-
-
-def resident_mb() -> float:
-    """Resident set of this process, in MB."""
-    return psutil.Process().memory_info().rss / 1e6
+        with contextlib.suppress(psutil.Error):
+            found = process.memory_full_info()
+            shared.append(found.pss / 1e6)
+            resident += found.rss / 1e6
+    return shared[0], sum(shared[1:]), resident
 
 
 def _family() -> list[psutil.Process]:

@@ -6,31 +6,39 @@ elsewhere, packed by the same collator.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import io
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.autograd import DeviceType
+from torch.utils.data import DataLoader
 from transformers import LlavaNextConfig
 
-from benchmarking.samples import STAGES, model_config, packed_step, profile_samples
+from benchmarking.cards import ROOT, add_out
+from benchmarking.samples import LLMS, STAGES, TOWERS, model_config, packed_step, profile_samples
 from llava_next.data.loading.batch import PackedBatch
+from llava_next.data.loading.feed import Feed
 from llava_next.data.plan.order import Source
 from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, used_layers
 from llava_next.training.devices.float8 import use_float8
 from llava_next.training.devices.launch import layer_stacks
-from llava_next.training.devices.parallel import shard
+from llava_next.training.devices.parallel import build_accelerator, shard
 from llava_next.training.forecast.activations import Compute
-from llava_next.training.forecast.budget import Layout, choose, estimate, units
+from llava_next.training.forecast.budget import POLICIES, Layout, Units, choose, estimate, units
 from llava_next.training.forecast.flops import Checkpointing
 from llava_next.training.loop import Trainer
 from llava_next.training.recipe.config import RunConfig
@@ -39,8 +47,11 @@ from llava_next.training.watch.journal import Journal
 from llava_next.training.watch.metrics import Progress
 from llava_next.training.watch.stopping import StopRequest
 from llava_next.training.watch.timing import PHASES, StepTimer
+from support.launching import rank_environment
 
+RANKS = 8  # of the run whose step is measured: one of them has an eighth of the recipe's samples
 SPARE = 0.93  # share of a GPU's memory that the estimate may fill
+PARTS = ("vision", "llm", "head")  # of the forward: tower with projector, decoder layers, head
 
 
 @dataclass(frozen=True)
@@ -71,18 +82,60 @@ class Work:
         """The model's config with so many layers."""
         return model_config(self.model, self.tower, self.scale, depth)
 
-    def steps(self, count: int, config: LlavaNextConfig, seed: int = 0) -> list[list[PackedBatch]]:
-        """Steps of micro-batches, each with samples of its own."""
-        return [
-            packed_step(
-                profile_samples(self.samples, config, seed + step, self.stage, self.shortened),
-                *(config, self.token_budget, self.tile_budget, self.rates, step),
-            )
-            for step in range(count)
-        ]
+    def step(self, config: LlavaNextConfig, number: int = 0) -> tuple[Sequence, list[PackedBatch]]:
+        """The samples of a step, and its micro-batches."""
+        samples = profile_samples(self.samples, config, number, self.stage, self.shortened)
+        return samples, packed_step(samples, config, self.token_budget, self.tile_budget, self.rates, number)
 
 
-def empty_units(config: LlavaNextConfig, rates: Rates):
+def add_work_arguments(parser) -> None:
+    """Options that say what is trained, and how it is checkpointed."""
+    parser.add_argument("--model", default="vicuna-7b", choices=list(LLMS))
+    parser.add_argument("--tower", default="clip-336", choices=list(TOWERS))
+    parser.add_argument("--stage", type=int, default=2, choices=list(STAGES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--scale", default=None, help="of the model: full on a GPU, tiny on a CPU")
+    parser.add_argument("--depth", type=int, help="layers of the language model; default: as many as fit")
+    parser.add_argument("--checkpointing", choices=["auto", *POLICIES], default="auto")
+    parser.add_argument("--samples", type=int, help="of a step on this rank; default: an eighth of the recipe's")
+    parser.add_argument("--token_budget", type=int, default=8192, help="of a micro-batch")
+    parser.add_argument("--tile_budget", type=int, default=48)
+    parser.add_argument("--shortened", type=int, default=1, help="divide texts' lengths, for tests")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before")
+    add_out(parser)
+
+
+def begin(args) -> tuple[Work, LlavaNextConfig, Checkpointing, Accelerator]:
+    """What is trained, the model cut to the depth that fits, how it is checkpointed; as if launched with one process.
+
+    The launch file decides on FSDP and precision, as in a run.
+    """
+    on_gpu = args.device == "cuda"
+    if not on_gpu and torch.cuda.is_available():  # once more, with no GPU to be seen
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.execv(sys.executable, sys.orig_argv)
+    file = ROOT / "accelerate_configs" / f"{'gpu1' if on_gpu else 'cpu2_fsdp'}.yaml"
+    os.environ |= rank_environment(["--config_file", str(file), "--num_processes", "1", __file__], 0, 1)
+    args.scale = args.scale or ("full" if on_gpu else "tiny")
+    args.samples = args.samples or STAGES[args.stage].batch_size // RANKS
+    work = Work(**{field.name: getattr(args, field.name) for field in fields(Work)})
+    depth, policy = work.config().text_config.num_hidden_layers, args.checkpointing
+    if on_gpu:
+        depth, policy = pick(work, torch.cuda.get_device_properties(0).total_memory, policy)
+    elif policy == "auto":
+        policy = "none"
+    return work, work.config(min(args.depth or depth, depth)), policy, build_accelerator()
+
+
+def card_name(what: str, work: Work, device: str, extra: Sequence[str] = ()) -> str:
+    """`WHAT-MODEL-TOWER[-stage1][-EXTRA]-SCALE-DEVICE`, the GPU by its name."""
+    if device == "cuda":
+        device = "-".join(torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()[:2])
+    stage = ["stage1"] if work.stage == 1 else []
+    return "-".join([what, work.model, work.tower, *stage, *extra, work.scale, device])
+
+
+def empty_units(config: LlavaNextConfig, rates: Rates) -> Units:
     """`budget.units` of a model without memory."""
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(config)
@@ -90,8 +143,8 @@ def empty_units(config: LlavaNextConfig, rates: Rates):
     return units(model)
 
 
-def pick(work: Work, memory: float, wanted: str = "auto", ranks: int = 8) -> tuple[int, Checkpointing]:
-    """(depth, policy): the policy that `ranks` GPUs would take at full depth, and the depth that one of them holds.
+def pick(work: Work, memory: float, wanted: str = "auto") -> tuple[int, Checkpointing]:
+    """(depth, policy): the policy that `RANKS` GPUs would take at full depth, and the depth that one of them holds.
 
     Args:
         memory: bytes of a GPU; wanted: a policy to insist on, or `auto`.
@@ -99,25 +152,20 @@ def pick(work: Work, memory: float, wanted: str = "auto", ranks: int = 8) -> tup
     Raises:
         ValueError: not even one layer fits.
     """
-    full, budgets = work.config(), (work.token_budget, work.tile_budget)
-    policy = wanted
+    full, budgets, policy = work.config(), (work.token_budget, work.tile_budget), wanted
     if wanted == "auto":
-        layout = Layout(shard=ranks, compute=Compute())
+        layout = Layout(shard=RANKS, compute=Compute())
         policy = choose(full, empty_units(full, work.rates), work.rates, layout, *budgets, SPARE * memory).picked
-    one = Layout(shard=1, compute=Compute())
 
-    def fits(depth: int) -> bool:
-        config = work.config(depth)
+    def too_deep(depth: int) -> bool:
+        config, one = work.config(depth), Layout(shard=1, compute=Compute())
         counts = empty_units(config, work.rates)
-        return estimate(config, counts, work.rates, policy, one, *budgets).total <= SPARE * memory
+        return estimate(config, counts, work.rates, policy, one, *budgets).total > SPARE * memory
 
-    fitting, too_deep = 0, full.text_config.num_hidden_layers + 1
-    while too_deep - fitting > 1:
-        middle = (fitting + too_deep) // 2
-        fitting, too_deep = (middle, too_deep) if fits(middle) else (fitting, middle)
-    if not fitting:
+    depth = bisect.bisect(range(1, full.text_config.num_hidden_layers + 1), False, key=too_deep)
+    if not depth:
         raise ValueError(f"{work.model} does not fit {memory / 1e9:.0f} GB with a single layer; lower --token_budget")
-    return fitting, policy
+    return depth, policy
 
 
 @dataclass(frozen=True)
@@ -140,15 +188,15 @@ class How:
 
 
 def build(
-    accelerator: Accelerator, config: LlavaNextConfig, rates: Rates, how: How = How()
+    accelerator: Accelerator, config: LlavaNextConfig, rates: Rates, how: How
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model with random weights, made on the device, sharded as a run shards it; and its optimizer.
 
     Raises:
         ValueError: float8 cannot run here, see `use_float8`.
     """
-    device, half = accelerator.device, accelerator.mixed_precision == "bf16"
-    dtype = torch.bfloat16 if half else torch.float32
+    device = accelerator.device
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     plugin = accelerator.state.fsdp_plugin
     plugin.activation_checkpointing, plugin.reshard_after_forward = how.policy != "none", how.reshard
     plugin.cpu_ram_efficient_loading = False  # there is no file to spare the other ranks
@@ -164,9 +212,8 @@ def build(
     freeze(model, rates)
     if how.float8:
         use_float8(model, emulate=device.type == "cpu")
-    made = shard(
-        accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), how.policy, how.compiled
-    )
+    optimizer_of = partial(build_optimizer, rates=rates, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    made = shard(accelerator, model, optimizer_of, how.policy, how.compiled)
     if how.prefetch:
         prefetch(made[0], how.prefetch)
     return made
@@ -188,181 +235,69 @@ def prefetch(model: nn.Module, ahead: int) -> None:
         unit.set_modules_to_backward_prefetch(backward[number + 1 : number + 1 + ahead])
 
 
-class Feed:
-    """Steps from memory, in place of `llava_next.data.loading.feed.Feed`; notes when each is asked for."""
+def run_steps(
+    accelerator: Accelerator,
+    config: LlavaNextConfig,
+    how: How,
+    work: Work,
+    rates: Rates,
+    steps: list[list[PackedBatch]],
+    run_dir: Path,
+    profile: bool = False,
+) -> tuple[list[dict], list[dict]]:
+    """Builds the model and trains `steps` by the `Trainer`.
 
-    def __init__(self, steps: list[list[PackedBatch]], device: torch.device, on_step: Callable[[], None]):
-        self._on_step = on_step
-        pinned = device.type == "cuda"
-        self._steps = [[batch.pin_memory() if pinned else batch for batch in step] for step in steps]
-        self._next, self.asked_at = 0, []
+    Args:
+        profile: trace the last step into `run_dir`.
 
-    @property
-    def ready(self) -> int:
-        """Micro-batches that wait."""
-        return sum(map(len, self._steps[self._next :]))
-
-    def take(self, unless: Callable[[], bool]) -> tuple[int, list[PackedBatch]]:
-        """The next step."""
-        self.asked_at.append(time.perf_counter())
-        self._on_step()
-        step, self._next = self._next, self._next + 1
-        return step, self._steps[step]
-
-    def close(self) -> None:
-        """There is nothing to end."""
-
-
-class Plan:
-    """As much of a `Mixture` as the trainer asks for: one source, one epoch."""
-
-    names = ("profile",)
-
-    def __init__(self, steps: int, batch_size: int):
-        self.total_steps, self.batch_size, self.samples_per_epoch = steps, batch_size, steps * batch_size
-        self.plan_sources = [Source("profile", [self.samples_per_epoch])]
-
-    def epoch(self, step: int) -> int:
-        """The first and only."""
-        return 0
-
-    def step_ids(self, step: int) -> np.ndarray:
-        """Sample ids of a step."""
-        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-
-    def source_of(self, ids: np.ndarray) -> np.ndarray:
-        """Always the one source."""
-        return np.zeros(len(ids), np.int64)
-
-    def state(self) -> dict:
-        """Nothing is resumed."""
-        return {}
+    Returns:
+        The run's records of the steps, to which seconds of `PARTS` are added; the operators of the profiled step, see
+        `top_operators`.
+    """
+    device, run, size = accelerator.device, RunConfig(model="none", run_dir=str(run_dir)), work.samples
+    run.data.batch_size, run.optim.rates, run.log_every = size, rates, 10**9
+    run.profile.steps = [len(steps)] if profile else []
+    model, optimizer = build(accelerator, config, rates, how)
+    # as much of a `Mixture` as the trainer asks for: one source, one epoch
+    plan = SimpleNamespace(names=("profile",), total_steps=len(steps), samples_per_epoch=size * len(steps), state=dict)
+    plan.plan_sources = [Source("profile", [plan.samples_per_epoch])]
+    plan.epoch, plan.step_ids = lambda step: 0, lambda step: np.arange(step * size, (step + 1) * size)
+    plan.source_of = lambda ids: np.zeros(len(ids), np.int64)
+    no_checkpoints = mock.Mock(failed=False, saved_step=None, **{"take_stalled.return_value": 0.0})
+    batches = [replace(batch, step=number) for number, step in enumerate(steps) for batch in step]
+    on_gpu = device.type == "cuda"
+    feed = Feed(DataLoader(batches, batch_size=None, pin_memory=on_gpu))
+    journal = Journal(run, accelerator, plan, Progress(len(steps), 0))
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.redirect_stdout(io.StringIO()), StopRequest() as stop:
+        fresh = {"step": 0, "counters": {}}
+        trainer = Trainer(run, accelerator, model, optimizer, feed, plan, journal, no_checkpoints, fresh, stop)
+        with timed_parts(model, trainer.timer):
+            trainer.train()
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return records, top_operators(trainer.profiler.operators, on_gpu)
 
 
-class NoCheckpoints:
-    """In place of `Checkpoints`: a benchmark writes none."""
+@contextlib.contextmanager
+def timed_parts(model: nn.Module, timer: StepTimer) -> Iterator[None]:
+    """Has a step's timer know `PARTS` and `rest` as well; `forward` is then what comes before the first of them."""
 
-    failed, saved_step = False, None
-
-    def take_stalled(self) -> float:
-        """Seconds that writing cost."""
-        return 0.0
-
-    def save(self, *_) -> None:
-        """Nothing."""
-
-    wait = settle = close = save
-
-
-class PartTimer:
-    """Device time of the forward's parts: tower with projector, decoder layers, head. Use it as a context manager."""
-
-    PARTS = ("vision", "llm", "head")
-
-    def __init__(self, model: nn.Module, device: torch.device):
-        self._model, self._timer, self._steps = model, StepTimer(device), []
-
-    def __enter__(self) -> PartTimer:
-        model = self._model
-        self._methods = {"image_features": "vision", "decode_segments": "llm"}
-        for name, part in self._methods.items():
-            setattr(model, name, self._wrapped(getattr(model, name), part))
-        head = model.lm_head
-        self._hooks = [
-            head.register_forward_pre_hook(lambda *_: self._timer.mark("head")),
-            head.register_forward_hook(lambda *_: self._timer.mark("rest")),
-        ]
-        return self
-
-    def _wrapped(self, method, part: str):
+    def timed(part: str, function):
         def call(*args, **kwargs):
-            self._timer.mark(part)
-            result = method(*args, **kwargs)
-            self._timer.mark("rest")
+            timer.mark(part)
+            result = function(*args, **kwargs)
+            timer.mark("rest")
             return result
 
         return call
 
-    def __exit__(self, *_) -> None:
-        for name in self._methods:
-            delattr(self._model, name)
-        for hook in self._hooks:
-            hook.remove()
-
-    def next_step(self) -> None:
-        """A step begins here."""
-        self._steps.append(self._timer.take())
-
-    def seconds(self, counted: slice) -> dict[str, float]:
-        """Mean seconds of each part in the steps `counted`; the device must have passed all of them."""
-        self.next_step()
-        steps = [self._timer.seconds(marks, self.PARTS) for marks in self._steps[1:][counted]]
-        return {part: float(np.mean([step[f"{part}_s"] for step in steps])) for part in self.PARTS}
-
-
-@dataclass
-class Run:
-    """What a measured run of steps gave.
-
-    Args:
-        records: the journal's, one a step, without the warm-up.
-        step_s: wall time of each of these steps, from one request for data to the next.
-        parts: seconds a step of vision, llm and head in the forward.
-        memory: most bytes allocated on the GPU; None on a CPU.
-        operators: of the step that was profiled, see `top_operators`; empty without.
-    """
-
-    records: list[dict]
-    step_s: list[float]
-    parts: dict[str, float]
-    memory: int | None
-    operators: list[dict]
-
-    def mean(self, name: str) -> float:
-        """Mean of a field of the records."""
-        return float(np.mean([record[name] for record in self.records]))
-
-    @property
-    def phases(self) -> dict[str, float]:
-        """Mean seconds of a step's phases, on the device."""
-        return {phase: self.mean(f"{phase}_s") for phase in PHASES}
-
-
-def run_steps(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    work: Work,
-    steps: list[list[PackedBatch]],
-    warmup: int,
-    run_dir: Path,
-    profile: bool = False,
-) -> Run:
-    """Trains `steps` by the `Trainer`; the first `warmup` of them are not counted.
-
-    Args:
-        profile: trace the last step into `run_dir`; it is not counted either.
-    """
-    device, config = accelerator.device, RunConfig(model="none", run_dir=str(run_dir))
-    config.data.batch_size, config.optim.rates, config.log_every = work.samples, work.rates, 10**9
-    config.profile.steps = [len(steps)] if profile else []
-    on_gpu, counted = device.type == "cuda", slice(warmup, len(steps) - profile)
-    parts = PartTimer(model, device)
-    plan, feed = Plan(len(steps), work.samples), Feed(steps, device, parts.next_step)
-    journal = Journal(config, accelerator, plan, Progress(len(steps), 0))
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.redirect_stdout(io.StringIO()), parts, StopRequest() as stop:
-        fresh = {"step": 0, "counters": {}}
-        trainer = Trainer(config, accelerator, model, optimizer, feed, plan, journal, NoCheckpoints(), fresh, stop)
-        trainer.train()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    times = np.diff([*feed.asked_at, time.perf_counter()])
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    operators = top_operators(trainer.profiler.operators, on_gpu)
-    return Run(records[counted], times[counted].tolist(), parts.seconds(counted), memory, operators)
+    functions = ((model, "image_features"), (model, "decode_segments"), (model.lm_head, "forward"))
+    timer.seconds = partial(timer.seconds, phases=(*PHASES, *PARTS, "rest"))
+    with contextlib.ExitStack() as stack:
+        for part, (owner, name) in zip(PARTS, functions, strict=True):
+            stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        yield
 
 
 def top_operators(averages: list, on_gpu: bool, count: int = 10) -> list[dict]:

@@ -3,8 +3,6 @@
 import argparse
 import gzip
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +12,10 @@ import psutil
 import pytest
 import torch
 
-from benchmarking import ablate, cards, datasets, gpu_all, levers, loader, training
-from benchmarking.projection import Node, communication_bytes, project
+from benchmarking import ablate, cards, compare, datasets, gpu_all, levers, loader, training
 from benchmarking.samples import STAGES, profile_sizes
 from benchmarking.serving import Serving
+from benchmarking.step import project
 from benchmarking.streaming import Pass, take
 from llava_next.data.format.index import read_dataset
 from llava_next.data.format.shards import read_sample
@@ -29,9 +27,9 @@ from llava_next.training.forecast.activations import Compute
 from llava_next.training.forecast.budget import Layout, Unit, estimate
 from llava_next.training.recipe.optim import Rates, freeze
 from llava_next.training.watch.profile import StepProfiler
+from support.launching import launch
 from support.tiny import pack_tiny, random_samples, tiny_config
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -131,7 +129,7 @@ def test_photographs_have_five_tiles_and_text_of_the_stated_length():
 def test_pass_over_http_sees_every_sample_once(tmp_path, reader):
     datasets.write_shards(tmp_path / "set", datasets.SMALL, 24, 6)
     names = [f"shard-{number:06d}.tar" for number in range(4)]
-    with Serving("http", tmp_path / "set") as server:
+    with Serving(tmp_path / "set") as server:
         what = Pass(reader, server.url, 24, names, small=True, batch_size=4, num_workers=0, server_early=False)
         found = take(what, timeout=100)
         assert server.set() == (2 + 24 if reader == "ours" else 4)  # dataset.json, index, a range a sample; shards
@@ -141,7 +139,7 @@ def test_pass_over_http_sees_every_sample_once(tmp_path, reader):
 
 def test_pass_that_hangs_is_ended_with_its_workers(tmp_path):
     datasets.write_shards(tmp_path / "set", datasets.SMALL, 4, 2)
-    with Serving("http", tmp_path / "set") as server:
+    with Serving(tmp_path / "set") as server:
         server.set(script=["stall"] * 9, stall_seconds=1e5)
         url = server.url
         found = take(Pass("webdataset", url, 4, ["shard-000000.tar", "shard-000001.tar"], num_workers=1), timeout=6)
@@ -175,19 +173,17 @@ def test_depth_is_the_largest_that_fits():
 
 
 def test_projection_by_hand():
-    """8 B weights of which 7 B train, 8 GPUs, 350 GB/s: 7/8 x (4 x 8 + 4 x 7) GB = 52.5 GB, 0.15 s a micro-batch."""
-    node = Node(gpus=8, bandwidth=350e9, balance=0.5)
-    assert communication_bytes(Unit(int(7e9), int(1e9)), node) == pytest.approx(52.5e9)
-    found = project(1.0, 0.08, 4, Unit(int(7e9), int(1e9)), node)
-    assert found["communication_s"] == pytest.approx(0.6)
-    assert found["step_s_all_hidden"] == pytest.approx(2.0 + 0.01)
-    assert found["step_s_none_hidden"] == pytest.approx(2.6 + 0.01)
+    """8 B weights of which 7 B train, 8 GPUs: 7/8 x (4 x 8 + 4 x 7) GB = 52.5 GB a micro-batch, at 340 GB/s."""
+    found = project(1.0, 0.08, 4, Unit(int(7e9), int(1e9)))
+    assert found["communication_s"] == pytest.approx(4 * 52.5 / 340)
+    assert found["step_s_all_hidden"] == pytest.approx(1 / 0.985 + 0.01)
+    assert found["step_s_none_hidden"] == pytest.approx(1 / 0.985 + 4 * 52.5 / 340 + 0.01)
 
 
 def test_profile_sizes_follow_the_stage():
     second, first = profile_sizes(2000, 0), profile_sizes(2000, 0, stage=1)
-    assert 0.03 < np.mean([size is None for _, size in second]) < 0.12
-    assert all(size for _, size in first)
+    assert 0.03 < np.mean([not pictures for _, pictures in second]) < 0.12
+    assert all(pictures for _, pictures in first)
     assert 18 < np.mean([text for text, _ in first]) < 23
     assert STAGES[1].batch_size == 256 and STAGES[2].rates == Rates()
 
@@ -201,8 +197,8 @@ def test_cards_name_no_folder_of_the_machine():
 def test_cards_compare_number_by_number():
     first = {"figures": {"a": 2.0, "b": {"c": 4, "name": "x"}, "list": [1, 3], "zero": 0, "gone": 1, "flag": True}}
     second = {"figures": {"a": 3.0, "b": {"c": 1}, "list": [2, 3], "zero": 5, "flag": True}}
-    rows = cards.compare(first, second)
-    assert rows == [("a", 2.0, 3.0, 1.5), ("b.c", 4.0, 1.0, 0.25), ("list.0", 1.0, 2.0, 2.0), ("list.1", 3.0, 3.0, 1.0)]
+    rows = compare.shared(first, second)
+    assert rows == [("a", 2.0, 3.0), ("b.c", 4.0, 1.0), ("list.0", 1.0, 2.0), ("list.1", 3.0, 3.0)]
     assert cards.rounded({"x": 123456.789, "y": [float("nan"), 2]}) == {"x": 123500.0, "y": [None, 2]}
 
 
@@ -235,13 +231,9 @@ def test_profiler_traces_the_chosen_step_and_no_other(tmp_path):
 
 def test_step_runs_the_trainer_and_its_parts_add_up(tmp_path):
     """The command itself on a CPU: card, parts, stock comparison, trace, operators."""
-    command = [
-        *(sys.executable, str(ROOT / "scripts" / "benchmark.py"), "step", "--device", "cpu", "--samples", "1"),
-        *("--shortened", "20", "--warmup", "1", "--steps", "1", "--padded_batch", "1"),
-        *("--out", str(tmp_path), "--profile", str(tmp_path / "traces")),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = ("--device", "cpu", "--samples", 1, "--shortened", 20, "--warmup", 1, "--steps", 1, "--padded_batch", 1)
+    where = ("--out", tmp_path, "--profile", tmp_path / "traces")
+    launch("scripts/benchmark.py", "step", *options, *where, processes=1)
     card = json.loads((tmp_path / "step-vicuna-7b-clip-336-tiny-cpu.json").read_text())
     figures = card["figures"]
     parts = figures["seconds_by_part"]

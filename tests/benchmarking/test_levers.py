@@ -97,18 +97,20 @@ def test_liger_rope_leaves_what_selective_checkpointing_keeps(calls, monkeypatch
     rope = SimpleNamespace(apply=lambda q, k, cos, sin: seen.append((q, k)) or (q, k))
     monkeypatch.setattr(sys.modules["liger_kernel.ops"], "LigerRopeFunction", rope)
     bench, (q, k) = bench_of(), torch.randn(2, 1, 4, 3, 8)
+    rotate = modeling_llama.apply_rotary_pos_emb
     for policy, copied in (("none", False), ("selective", True), ("full", False)):
         bench.policy = policy
-        (_, forward), *_ = levers.rotations(bench, rope.apply)
-        forward.__func__.__globals__["apply_rotary_pos_emb"](q, k, None, None)
+        (patch,) = levers.rotations(bench, rope.apply)
+        with patch:
+            modeling_llama.apply_rotary_pos_emb(q, k, None, None)
         assert [(a is not b) for a, b in zip(seen.pop(), (q, k), strict=True)] == [copied, copied]
+    assert modeling_llama.apply_rotary_pos_emb is rotate
 
 
 def test_row_says_that_liger_is_missing_or_the_time_over(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     bench = bench_of()
-    rows = ablate.switches(bench, ["liger_rope"], 1)
-    rows += ablate.switches(bench, ["packing"], 1, deadline=0.0)
+    rows = [ablate.row(name, end, ablate.switch, bench, "liger_rope", 1) for name, end in (("a", 1e9), ("b", 0.0))]
     assert [row["error"] for row in rows] == ["liger-kernel is not installed", "not begun: no time left"]
     assert "liger-kernel is not installed" in ablate.line(rows[0])
 

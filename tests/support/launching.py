@@ -31,16 +31,13 @@ def launch(
         config: accelerate configuration; default: the one that ships for two CPU processes.
     """
     command, environment = command_and_environment(script, *args, processes=processes, config=config)
-    options, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
-    port = str(get_free_port())
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= prepare_multi_gpu_env(options) | shared
+    port = get_free_port()
     start = _Forked if _surroundings() == _AT_FIRST else _started
     with TemporaryDirectory() as folder:
         files = [[Path(folder, f"{rank}.{kind}") for rank in range(processes)] for kind in ("out", "err")]
         ranks = []
         for rank, (out, err) in enumerate(zip(*files, strict=True)):
-            variables = {k: str(v) for k, v in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            variables = environment | rank_environment(command[3:], rank, processes, port)
             ranks.append(start(command[command.index(str(ROOT / script)) :], variables, out, err))
         code = _wait(ranks, timeout)
         said = ["".join(file.read_text() for file in kind if file.exists()) for kind in files]
@@ -48,6 +45,18 @@ def launch(
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def rank_environment(command: list[str], rank: int, processes: int, port: int = 0) -> dict[str, str]:
+    """What the launcher sets for a rank, on one node.
+
+    Args:
+        command: what follows `accelerate launch`.
+    """
+    options, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in (prepare_multi_gpu_env(options) | own | place).items()}
 
 
 READ_AT_IMPORT = ("CUDA_", "HF_", "LLAVA_NEXT_", "OMP_", "PYTHON", "TORCH_", "TRANSFORMERS_")
