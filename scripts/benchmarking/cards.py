@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarking.serving import ROOT
 from llava_next.paths import local_path
 
-ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "scripts" / "benchmarks"
 PACKAGES = ("torch", "transformers", "accelerate", "torchao", "liger-kernel")
 PACKAGES += ("obstore", "webdataset", "pillow", "numpy", "pyarrow")

@@ -24,9 +24,7 @@ from dataclasses import asdict, dataclass, field
 
 import psutil
 
-from benchmarking import datasets
 from benchmarking.serving import PATHS
-from llava_next.anyres import AnyRes
 
 # readers by webdataset, and the handler of errors that they set: its own default raises
 WEBDATASETS = {"webdataset": None, "webdataset, warn_and_continue": "warn_and_continue"}
@@ -136,6 +134,7 @@ def main(what: Pass) -> Taken:
 
 
 def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
+    from benchmarking import datasets
     from llava_next.data.loading.feed import Feed
     from llava_next.data.loading.loader import LoaderOptions, build_loader, start_worker_server
     from llava_next.data.plan.mixture import Mixture
@@ -151,9 +150,7 @@ def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
     mixture = Mixture([(what.url, "photos", 1.0)], anyres, what.batch_size)
     mixture.deal(0, 8, 8192, 48)
     taken.open_s, taken.grown_mb = time.monotonic() - begin, (psutil.Process().memory_info().rss - before) / 1e6
-    columns = [
-        value for index in mixture.indexes for value in (*vars(index).values(), *index.exact_text_tokens.values())
-    ]
+    columns = [x for index in mixture.indexes for x in (*vars(index).values(), *index.exact_text_tokens.values())]
     taken.index_mb = sum(getattr(column, "nbytes", 0) for column in columns) / 1e6
     feed = Feed(build_loader(mixture, encoder, 0, 1, 8192, 48, options=LoaderOptions(what.num_workers)))
     io = Counter()
@@ -163,9 +160,8 @@ def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
             for batch in micros:
                 io.update(batch.io)
             taken.io = dict(io)
-            pictures = (
-                {key: crc for batch in micros for key, crc in _checksums(batch, anyres)} if what.checksums else {}
-            )
+            looked_at = micros if what.checksums else ()
+            pictures = {key: crc for batch in looked_at for key, crc in _checksums(batch, anyres.patches_per_tile)}
             if what.memory_every and step % what.memory_every == 0:
                 taken.memory.append([step, *memory_mb()])
             yield sum(len(batch.slots) for batch in micros), pictures
@@ -175,12 +171,12 @@ def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
         feed.close()
 
 
-def _checksums(batch, anyres: AnyRes) -> Iterator[tuple[str, int]]:
+def _checksums(batch, patches_per_tile: int) -> Iterator[tuple[str, int]]:
     """Sample id and crc32 of its tiles, one picture a sample."""
     bounds = batch.cu_seqlens.tolist()
     for sample_id, begin, end in zip(batch.sample_ids, bounds, bounds[1:], strict=False):
         features = batch.feature_index[(batch.image_positions >= begin) & (batch.image_positions < end)]
-        tiles = ((features[features > 0] - 1) // anyres.patches_per_tile).unique()
+        tiles = ((features[features > 0] - 1) // patches_per_tile).unique()
         yield f"{sample_id:06d}", zlib.crc32(batch.tiles[tiles].numpy().tobytes())
 
 

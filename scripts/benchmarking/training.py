@@ -115,7 +115,9 @@ def begin(args) -> tuple[Work, LlavaNextConfig, Checkpointing, Accelerator]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
     file = ROOT / "accelerate_configs" / f"{'gpu1' if on_gpu else 'cpu2_fsdp'}.yaml"
-    os.environ |= rank_environment(["--config_file", str(file), "--num_processes", "1", __file__], 0, 1)
+    os.environ |= rank_environment(
+        ["--config_file", str(file), "--num_processes", "1", "--main_process_port", "0", __file__], 0, 1
+    )
     args.scale = args.scale or ("full" if on_gpu else "tiny")
     args.samples = args.samples or STAGES[args.stage].batch_size // RANKS
     work = Work(**{field.name: getattr(args, field.name) for field in fields(Work)})
