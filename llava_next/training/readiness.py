@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from llava_next.data.plan.mixture import Mixture
-from llava_next.model.folders.export import replace_folder
+from llava_next.model.folders.export import made_aside
 from llava_next.model.folders.starting import check_weights, make_companions, must_be_anew
 from llava_next.training.checkpoints.exports import COMPANIONS
 from llava_next.training.checkpoints.recovery import LEFTOVERS, Resume, complete_checkpoints
@@ -50,12 +50,9 @@ def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resum
 def keep_companions(config: RunConfig, parts: Parts) -> None:
     """Puts what goes beside the result's weights into the run folder, where no later change of the start model reaches
     it. Comes after `check_ready`."""
-    folder = Path(config.run_dir) / COMPANIONS
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model = (parts.model_config, parts.encoder.tokenizer)
-    make_companions(config.model, aside, *model, anew=bool(parts.made), keep_template=config.data.keep_template)
-    replace_folder(aside, folder, folder.with_name(folder.name + ".old"))
+    with made_aside(Path(config.run_dir) / COMPANIONS) as aside:
+        model = (parts.model_config, parts.encoder.tokenizer)
+        make_companions(config.model, aside, *model, anew=bool(parts.made), keep_template=config.data.keep_template)
 
 
 def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume) -> None:

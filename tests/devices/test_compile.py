@@ -57,6 +57,8 @@ def test_a_run_of_any_lengths_makes_at_most_12_graphs_and_no_break(monkeypatch, 
     for ours, plain in zip(*(m.parameters() for m in models), strict=True):
         if plain.grad is not None:
             torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-6)
+    if rates.llm is None:  # validation knows no difference
+        return
     with torch.no_grad():
         models[0].eval()
         for kind in [*kinds, (3, 4), (4, 1, (0,)), (6, 0)]:

@@ -73,7 +73,7 @@ def total(outs, key: str) -> float:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["support.workers.stream", "llava_next.training.setup"])
+CONTEXT.set_forkserver_preload(["support.workers.stream"])
 
 
 def start_ranks(demo, url, outs, num_workers, start_step, **options):

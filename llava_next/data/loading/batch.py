@@ -90,20 +90,6 @@ class PackedBatch:
     num_micro: int = 1
     io: dict[str, float] = field(default_factory=dict)
 
-    MODEL_FIELDS = (
-        "input_ids",
-        "position_ids",
-        "cu_seqlens",
-        "max_seqlen",
-        "tiles",
-        "feature_index",
-        "image_positions",
-        "target_positions",
-        "target_ids",
-        "target_weights",
-        "target_source",
-    )
-
     @property
     def num_tokens(self) -> int:
         """Tokens of real samples (0 for an empty batch, which carries one filler token)."""
@@ -119,7 +105,8 @@ class PackedBatch:
 
     def model_inputs(self, device: torch.device) -> dict:
         """The fields that the model's forward takes, tensors copied to `device` without waiting."""
-        values = {name: getattr(self, name) for name in self.MODEL_FIELDS}
+        names = [f.name for f in fields(self)]
+        values = {name: getattr(self, name) for name in names[: names.index("target_slot")]}
         return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
 
     def pin_memory(self) -> PackedBatch:

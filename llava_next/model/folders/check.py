@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoProcessor, LlavaNextConfig, PreTrainedT
 from transformers.utils import logging
 
 from llava_next.anyres import AnyRes
+from llava_next.model.folders.companions import image_processor_config, processor_config
 from llava_next.model.folders.export import INDEX_NAME, file_key
-from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import TEMPLATES, Template
 from llava_next.tokenise import IMAGE_TOKEN, data_tokens
 from llava_next.turns import SYSTEM
@@ -217,31 +218,16 @@ def check_dtypes(f: ModelFolder) -> str:
 def check_processor(f: ModelFolder) -> str:
     """The image processor cuts the tiles that the model takes, and the processor counts the features it makes."""
     config, vision = f.config, f.config.vision_config
-    size = vision.image_size
-    has_cls = vision.model_type == "clip_vision_model"
-    mean, std = NORMALISATION[vision.model_type]
-    strategy = config.vision_feature_select_strategy
-    due = {
-        "preprocessor_config.json": {
-            "image_grid_pinpoints": [list(p) for p in config.image_grid_pinpoints],
-            "size": {"shortest_edge": size},
-            "crop_size": {"height": size, "width": size},
-            "image_mean": list(mean),
-            "image_std": list(std),
-        },
-        "processor_config.json": {
-            "image_token": IMAGE_TOKEN,
-            "patch_size": vision.patch_size,
-            "vision_feature_select_strategy": strategy,
-            "num_additional_image_tokens": int(has_cls),
-        },
-    }
+    size, strategy = vision.image_size, config.vision_feature_select_strategy
+    looked_at = ("image_grid_pinpoints", "size", "crop_size", "image_mean", "image_std")
+    preprocessor = {key: image_processor_config(config)[key] for key in looked_at}
+    due = {"preprocessor_config.json": preprocessor, "processor_config.json": processor_config(config)}
     for name, values in due.items():
         saved = f.json(name)
         for key, value in values.items():
-            if saved.get(key) != value:
+            if saved.get(key) != value and key != "processor_class":
                 raise ValueError(f"{name}: {key} is {saved.get(key)}, the model's config needs {value}: write that")
-    if strategy != ("default" if has_cls else "full"):
+    if strategy != ("default" if vision.model_type == "clip_vision_model" else "full"):
         raise ValueError(f"config.json: vision_feature_select_strategy {strategy!r} does not fit a {vision.model_type}")
     if config.image_seq_length != f.anyres.patches_per_tile:
         raise ValueError(
@@ -249,9 +235,7 @@ def check_processor(f: ModelFolder) -> str:
             "features: write that"
         )
     # transformers 5 can take values from elsewhere in the folder
-    if [list(p) for p in f.processor.image_processor.image_grid_pinpoints] != due["preprocessor_config.json"][
-        "image_grid_pinpoints"
-    ]:
+    if [list(p) for p in f.processor.image_processor.image_grid_pinpoints] != preprocessor["image_grid_pinpoints"]:
         raise ValueError(
             "processor_config.json: holds other image_grid_pinpoints than preprocessor_config.json: remove them there"
         )

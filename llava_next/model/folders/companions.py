@@ -16,18 +16,9 @@ from llava_next.templates import IMAGE_TOKEN
 
 # Everything beside weights and config that belongs to a model folder; copied from the folder training started with.
 COMPANION_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
 )
 
 
@@ -45,25 +36,9 @@ def write_companions(
     (out / "chat_template.jinja").write_text(chat_template)
     write_json("chat_template.json", {"chat_template": chat_template})
     write_json("preprocessor_config.json", image_processor_config(config))
-    write_json(
-        "processor_config.json",
-        {
-            "processor_class": "LlavaNextProcessor",
-            "image_token": IMAGE_TOKEN,
-            "patch_size": config.vision_config.patch_size,
-            "vision_feature_select_strategy": config.vision_feature_select_strategy,
-            "num_additional_image_tokens": int(config.vision_feature_select_strategy == "default"),
-        },
-    )
-    write_json(
-        "generation_config.json",
-        {
-            "do_sample": False,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-    )
+    write_json("processor_config.json", processor_config(config))
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json("generation_config.json", {"do_sample": False, **ids})
 
 
 def portable_tokenizer_config(written: dict, chat_template: str) -> dict:
@@ -84,6 +59,17 @@ def portable_tokenizer_config(written: dict, chat_template: str) -> dict:
     }
 
 
+def processor_config(config: LlavaNextConfig) -> dict:
+    """processor_config.json: how many image tokens a picture is."""
+    return {
+        "processor_class": "LlavaNextProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(config.vision_feature_select_strategy == "default"),
+    }
+
+
 def image_processor_config(config: LlavaNextConfig) -> dict:
     """preprocessor_config.json: the tower's size and normalisation, and the model's pinpoints."""
     size = config.vision_config.image_size
@@ -93,7 +79,7 @@ def image_processor_config(config: LlavaNextConfig) -> dict:
         "processor_class": "LlavaNextProcessor",
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
-        "image_grid_pinpoints": config.image_grid_pinpoints,
+        "image_grid_pinpoints": [list(pair) for pair in config.image_grid_pinpoints],
         "image_mean": list(mean),
         "image_std": list(std),
         "resample": 3,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import (
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.model.folders.check import check_folder
 from llava_next.model.folders.companions import write_companions
-from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, replace_folder, write_config, write_weights
+from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, made_aside, write_config, write_weights
 from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
 from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
@@ -157,19 +156,12 @@ def compose(
     template.prepare_tokenizer(tokenizer)
     config = compose_config(vision.config, llm.config, tokenizer, pinpoints)
     sources = source_of_keys(config, vision, llm)
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with made_aside(out) as aside:
         write_weights(composed_tensors(config, sources, seed), aside, max_file_bytes, dtype)
         write_config(config, aside, dtype)
         write_companions(config, tokenizer, template.jinja, aside)
         if failed := [finding for finding in check_folder(aside) if not finding.ok]:
             raise ValueError("the composed model fails: " + "; ".join(f"{f.check}: {f.text}" for f in failed))
-        replace_folder(aside, out, out.with_name(out.name + ".old"))
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return out
 
 

@@ -25,105 +25,32 @@ from transformers import (
 
 from llava_next.templates import get_template
 
+
+def _values(keys: str, *values, **more) -> dict:
+    return dict(zip(keys.split(), values, strict=True)) | more
+
+
+_TOWER = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size hidden_act "
+_TOWER += "layer_norm_eps"
+_CLIP = _values(_TOWER, 1024, 4096, 24, 16, 336, 14, "quick_gelu", 1e-5, projection_dim=768)
+_SIGLIP = _values(_TOWER, 1152, 4304, 27, 16, 384, 14, "gelu_pytorch_tanh", 1e-6)
 TOWERS = {
-    "openai/clip-vit-large-patch14-336": (
-        CLIPVisionConfig,
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-            "projection_dim": 768,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-        },
-    ),
-    "google/siglip-so400m-patch14-384": (
-        SiglipVisionConfig,
-        {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "image_size": 384,
-            "patch_size": 14,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": 1e-6,
-        },
-    ),
+    "openai/clip-vit-large-patch14-336": (CLIPVisionConfig, _CLIP),
+    "google/siglip-so400m-patch14-384": (SiglipVisionConfig, _SIGLIP),
 }
 
+_LLM = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+_LLM += "max_position_embeddings rms_norm_eps rope_theta bos_token_id eos_token_id"
+_VICUNA = _values(_LLM, 32000, 4096, 11008, 32, 32, 32, 4096, 1e-5, 10000.0, 1, 2)
+_LLAMA_3 = _values(_LLM, 128256, 4096, 14336, 32, 32, 8, 8192, 1e-5, 500000.0, 128000, 128009)
+_QWEN_2 = _values(_LLM, 152064, 3584, 18944, 28, 28, 4, 32768, 1e-6, 1000000.0, 151643, 151645)
+_QWEN_2 |= {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28}
+_MISTRAL = _values(_LLM, 32000, 4096, 14336, 32, 32, 8, 32768, 1e-5, 1000000.0, 1, 2, sliding_window=None)
 LLMS = {
-    "lmsys/vicuna-7b-v1.5": (
-        LlamaConfig,
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-    ),
-    "meta-llama/Meta-Llama-3-8B-Instruct": (
-        LlamaConfig,
-        {
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "bos_token_id": 128000,
-            "eos_token_id": 128009,
-        },
-    ),
-    "Qwen/Qwen2-7B-Instruct": (
-        Qwen2Config,  # its query, key and value projections have biases by definition
-        {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "use_sliding_window": False,
-            "sliding_window": 131072,
-            "max_window_layers": 28,
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-        },
-    ),
-    "mistralai/Mistral-7B-Instruct-v0.2": (
-        MistralConfig,
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1000000.0,
-            "sliding_window": None,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-    ),
+    "lmsys/vicuna-7b-v1.5": (LlamaConfig, _VICUNA),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (LlamaConfig, _LLAMA_3),
+    "Qwen/Qwen2-7B-Instruct": (Qwen2Config, _QWEN_2),  # whose q, k and v have biases by definition
+    "mistralai/Mistral-7B-Instruct-v0.2": (MistralConfig, _MISTRAL),
 }
 
 

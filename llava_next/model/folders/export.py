@@ -9,6 +9,7 @@ explicitly here, one tensor at a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -150,36 +151,45 @@ def save_model(
         OSError: the folder cannot be written. The other ranks are not left waiting: the main one gathers to the end
             before it raises.
     """
-    folder = Path(folder)
-    gathered = full_tensors(model)
+    folder, gathered = Path(folder), full_tensors(model)
     try:
         if is_main_process:
-            aside = folder.with_name(folder.name + ".tmp")
-            old = folder.with_name(folder.name + ".old")
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write_weights(((file_key(name), t) for name, t in gathered), aside, max_file_bytes, dtype)
-            write_config(model.config, aside, dtype)
-            if companions is not None:
-                copy_companions(companions, aside)
-            replace_folder(aside, folder, old)
-    except Exception:
-        if is_main_process:
-            shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # a full disk needs the room
-        raise
+            with made_aside(folder) as aside:
+                write_weights(((file_key(name), t) for name, t in gathered), aside, max_file_bytes, dtype)
+                write_config(model.config, aside, dtype)
+                if companions is not None:
+                    copy_companions(companions, aside)
     finally:
         for _ in gathered:
             pass
     return folder
 
 
-def replace_folder(aside: Path, folder: Path, old: Path) -> None:
+@contextlib.contextmanager
+def made_aside(folder: Path) -> Iterator[Path]:
+    """An empty folder, which takes the place of `folder` when the block ends well; if not, nothing of it stays."""
+    aside, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
+    if old.exists() and not folder.exists():  # a kill came between the renames of `replace_folder`
+        os.replace(old, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    is_whole = False
+    try:
+        yield aside
+        is_whole = True
+        replace_folder(aside, folder)
+    except BaseException as error:
+        if not is_whole or isinstance(error, OSError):  # a full disk needs the room
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
     """Puts the finished folder `aside` in the place of `folder`, on disk before it is visible.
 
-    A folder with files in it cannot be renamed over, so the previous one waits as `old` for the new one to be there.
+    A folder with files in it cannot be renamed over: the previous one waits as `FOLDER.old` for the new one.
     """
+    old = folder.with_name(folder.name + ".old")
     for path in aside.iterdir():
         flush_to_disk(path)
     flush_to_disk(aside)

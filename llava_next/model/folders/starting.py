@@ -87,12 +87,12 @@ def make_companions(
     with, or written as every release reads it.
 
     Args:
-        out: new folder.
+        out: empty folder, made when missing.
         config, tokenizer: of the model, as loaded from `source`.
         anew: write what can be written, over what is copied.
         keep_template: the folder has a chat template of its own, which says how generation ends.
     """
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     copy_companions(source, out)
     write_config(config, out, torch.bfloat16)
     if anew and tokenizer.chat_template:

@@ -7,12 +7,11 @@ checkpoint. It is read back only through its manifest, every file checked by siz
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
 from pathlib import Path
 
 from llava_next.data.storage.client import Storage
-from llava_next.model.folders.export import replace_folder
+from llava_next.model.folders.export import made_aside
 
 MANIFEST = "manifest.json"
 PIECE = 64 * 2**20  # bytes of a read
@@ -69,25 +68,22 @@ class Mirror:
         Raises:
             ValueError: a file's bytes are not those of the manifest.
         """
-        aside = path.with_name(path.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, facts in manifest["files"].items():
-            # a manifest is data from elsewhere: its names must not lead out of the folder
-            if Path(name).name != name:
-                raise ValueError(
-                    f"{self.label}/{path.name}: {name!r} in {MANIFEST} is no file name; remove this checkpoint"
-                )
-            crc = 0
-            with open(aside / name, "wb") as file:
-                for begin in range(0, facts["bytes"], PIECE):
-                    part = self.storage.read_range(f"{path.name}/{name}", begin, min(PIECE, facts["bytes"] - begin))
-                    crc = zlib.crc32(part, crc)
-                    file.write(part)
-            if crc != facts["crc32"]:
-                raise ValueError(
-                    f"{self.label}/{path.name}/{name} is damaged (its checksum is not the manifest's); remove this "
-                    "checkpoint there, and the one before it is taken"
-                )
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        replace_folder(aside, path, path.with_name(path.name + ".old"))
+        with made_aside(path) as aside:
+            for name, facts in manifest["files"].items():
+                # a manifest is data from elsewhere: its names must not lead out of the folder
+                if Path(name).name != name:
+                    raise ValueError(
+                        f"{self.label}/{path.name}: {name!r} in {MANIFEST} is no file name; remove this checkpoint"
+                    )
+                crc, whole = 0, facts["bytes"]
+                with open(aside / name, "wb") as file:
+                    for begin in range(0, whole, PIECE):
+                        part = self.storage.read_range(f"{path.name}/{name}", begin, min(PIECE, whole - begin))
+                        crc = zlib.crc32(part, crc)
+                        file.write(part)
+                if crc != facts["crc32"]:
+                    raise ValueError(
+                        f"{self.label}/{path.name}/{name} is damaged (its checksum is not the manifest's); remove this "
+                        "checkpoint there, and the one before it is taken"
+                    )
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))

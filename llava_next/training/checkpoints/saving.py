@@ -198,7 +198,7 @@ class Checkpoints:
         (aside / TENSORS).write_bytes(description)
         manifest["files"][TENSORS] = {"bytes": len(description), "crc32": zlib.crc32(description)}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        replace_folder(aside, path, path.with_name(path.name + ".old"))
+        replace_folder(aside, path)
         found = {checkpoint_step(p): p for p in complete_checkpoints(self.folder)}
         for step in self._superseded(found):
             remove_checkpoint(found[step])

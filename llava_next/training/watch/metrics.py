@@ -89,7 +89,7 @@ class Progress:
     @property
     def eta(self) -> str:
         """Time that the remaining steps take at the present speed."""
-        return duration(self.step_seconds * (self.total - self.done))
+        return duration(self.eta_seconds)
 
 
 def console_line(record: dict, progress: Progress) -> str:
