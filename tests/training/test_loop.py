@@ -182,8 +182,8 @@ def test_run_over_a_failing_network_counts_retries_and_lasting_faults_end_all_ra
         threading.Thread(target=expire).start()
         options += ["--data.sources", server.url]
         done, metrics = run_demo(demo, tmp_path / "run", *options, processes=2, check=False)
-    assert done.returncode != 0 and 0 < len(metrics) < 50
-    assert {m["samples"] for m in metrics} == {16}
+    assert done.returncode != 0 and 0 < len(metrics) < 52
+    assert all(m["samples"] == (16 if m["step"] % 13 else 8) for m in metrics)  # 200 an epoch
     assert sum(m["retries"] for m in metrics) > 0 and sum(m["bytes"] for m in metrics) > 10_000
     assert "no permission" in done.stderr and f"{server.url}/shard-000" in done.stderr and ", bytes " in done.stderr
 
