@@ -27,7 +27,6 @@ def add_arguments(parser) -> None:
     """Options of `benchmark.py ablate`."""
     add_work_arguments(parser)
     parser.add_argument("--steps", "--repeats", type=int, default=3, help="of each lever")
-    parser.add_argument("--padded_batch", type=int, default=4, help="samples that are padded to one length")
     parser.add_argument("--levers", nargs="+", choices=[*SWITCHES, *REBUILT], default=[*SWITCHES, *REBUILT])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no lever after so many")
 
@@ -92,7 +91,7 @@ def run(args) -> None:
     deadline, device = time.monotonic() + args.seconds, accelerator.device
     model, _ = build(accelerator, config, work.rates, How(policy))
     samples, micros = work.step(config)
-    bench = Bench(accelerator, model, samples, [], args.padded_batch, policy)
+    bench = Bench(accelerator, model, samples, [], policy)
     bench.micros = ready([batch.weighted(bench.weights) for batch in micros], device)
     base = measure(model, bench.micros, device, args.steps, args.warmup)
     rows = [compared(base, base) | {"lever": "as it is"}]

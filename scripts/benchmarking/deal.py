@@ -12,13 +12,12 @@ from llava_next.training.forecast.flops import cost_model
 from llava_next.training.recipe.optim import Rates
 from support.published import VICUNA, full_config, profile_samples
 
-GOALS = {8: 0.985, 16: 0.97, 64: 0.93}
+GOALS = {8: 0.985, 16: 0.97, 32: None, 64: 0.93}  # by ranks
 BATCH_SIZE, TOKEN_BUDGET, TILE_BUDGET = 128, 8192, 64
 
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py deal`."""
-    parser.add_argument("--worlds", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--steps", type=int, default=200)
     add_out(parser)
 
@@ -26,7 +25,7 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     """Deals and writes the card."""
     cost, figures, rows = cost_model(full_config(VICUNA), Rates()), {}, []
-    for world in args.worlds:
+    for world, goal in GOALS.items():
         balances, seconds, micros = [], [], []
         for step in range(args.steps):
             lengths, tiles = profile_samples(BATCH_SIZE, step)
@@ -39,7 +38,14 @@ def run(args) -> None:
             micros.append(len(bins))
         found = {"balance": np.mean(balances).item(), "ms": 1000 * np.median(seconds).item()}
         figures[str(world)] = found | {"worst": min(balances).item(), "micro_batches": np.mean(micros).item()}
-        goal = f">= {100 * GOALS[world]:.1f} %" if world in GOALS else ""
-        rows.append((world, goal, f"{100 * found['balance']:.2f} %", "< 5 ms", f"{found['ms']:.2f} ms"))
+        rows.append(
+            (
+                world,
+                f">= {100 * goal:.1f} %" if goal else "",
+                f"{100 * found['balance']:.2f} %",
+                "< 5 ms",
+                f"{found['ms']:.2f} ms",
+            )
+        )
     print(table(("ranks", "goal", "balance", "goal", "a step"), rows), flush=True)
     write_card("deal", figures, args.out)

@@ -16,20 +16,21 @@ from benchmarking.training import How, add_work_arguments, begin, card_name, run
 from llava_next.training.devices.parallel import finish
 from llava_next.training.recipe.optim import Rates
 
+DISTINCT = 4  # steps of samples, which come in turns
+
 
 def add_arguments(parser) -> None:
     """Options of `benchmark.py float8`."""
     add_work_arguments(parser)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--distinct", type=int, default=4, help="steps of samples, which come in turns")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of everything but the tower")
 
 
 def run(args) -> None:
     """Trains twice and writes both curves."""
     work, config, policy, accelerator = begin(args)
-    steps = [work.step(config, number)[1] for number in range(args.distinct)]
-    steps = [steps[number % args.distinct] for number in range(args.steps)]
+    distinct = [work.step(config, number)[1] for number in range(DISTINCT)]
+    steps = [distinct[number % DISTINCT] for number in range(args.steps)]
     precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     curves, rates = {}, faster(work.rates, args.rate)
     for name, how in ((precision, How(policy)), ("float8", How(policy, float8=True))):

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from benchmarking.samples import Samples, supervised
+from benchmarking.samples import PADDED_BATCH, Samples, supervised
 from llava_next.data.loading.batch import IGNORE, Example, PackedBatch, pack
 from llava_next.model.forward import head, modeling
 from llava_next.model.forward.attention import attention_names, choose_attention
@@ -42,7 +42,6 @@ class Bench:
     model: nn.Module
     samples: Samples
     micros: Micros
-    padded_batch: int
     policy: str = "none"
 
     @property
@@ -55,8 +54,8 @@ class Bench:
 def padding(bench: Bench) -> Iterator[Micros]:
     """Samples in groups, each padded to its group's longest, as a batch of the stock way."""
     anyres, packed = geometry(bench.model.config), []
-    for start in range(0, len(bench.samples), bench.padded_batch):
-        group = [example for example, _ in bench.samples[start : start + bench.padded_batch]]
+    for start in range(0, len(bench.samples), PADDED_BATCH):
+        group = [example for example, _ in bench.samples[start : start + PADDED_BATCH]]
         longest = max(len(example.input_ids) for example in group)
         examples = [padded(example, longest) for example in group]
         packed.append(pack(examples, anyres.tile_size, anyres.patches_per_tile).weighted(bench.weights))

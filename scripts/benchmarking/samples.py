@@ -21,6 +21,7 @@ from support.tiny import geometry
 LLMS = {"vicuna-7b": VICUNA, "llama3-8b": LLAMA3, "qwen2-7b": QWEN2, "mistral-7b": MISTRAL}
 TOWERS = {"clip-336": (CLIP, ORIGINAL_336), "siglip-384": (SIGLIP, ORIGINAL_384)}
 SUPERVISED_SHARE = 0.4  # of the text tokens; an assumption, answers against questions and system prompt
+PADDED_BATCH = 4  # samples of a batch of the stock way
 CAPTION_TOKENS, CAPTION_SIGMA = 20, 0.4  # of stage 1's captions; an assumption
 Samples = Sequence[tuple[Example, list[tuple[int, int]]]]  # encoded samples, and the (width, height) of their pictures
 

@@ -21,7 +21,7 @@ from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
 from benchmarking.ablate import measure
 from benchmarking.cards import table, write_card
-from benchmarking.samples import STAGES, model_config, supervised
+from benchmarking.samples import PADDED_BATCH, STAGES, model_config, supervised
 from benchmarking.training import RANKS, How, Work, add_work_arguments, begin, card_name, empty_units, run_steps
 from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
@@ -45,7 +45,6 @@ def add_arguments(parser) -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured")
     parser.add_argument("--compile", action="store_true", help="each layer by torch.compile")
     parser.add_argument("--float8", action="store_true", help="float8 linears in the decoder layers, by torchao")
-    parser.add_argument("--padded_batch", type=int, default=4, help="samples of a batch of the stock way, on a CPU")
     parser.add_argument(
         "--profile", type=local_path, help="folder for a trace of one more step, its operators on the card"
     )
@@ -64,7 +63,7 @@ def run(args) -> None:
     if operators:
         figures["operators"] = operators
     if args.device == "cpu":
-        figures["against_stock"] = against_stock(work, config, args.padded_batch, min(args.steps, 5))
+        figures["against_stock"] = against_stock(work, config, min(args.steps, 5))
     print(table(("what", "measured"), lines_of(figures)), flush=True)
     rows = ((o["name"], f"{100 * o['share']:.1f} %", f"{o['seconds']:.4f}", o["calls"]) for o in operators)
     print(table(("operator", "share", "seconds", "calls"), rows), flush=True)
@@ -164,7 +163,7 @@ def project(compute_s: float, optimizer_s: float, micro_batches: float, weights:
     }
 
 
-def against_stock(work: Work, config, padded_batch: int, repeats: int) -> dict:
+def against_stock(work: Work, config, repeats: int) -> dict:
     """Seconds of forward and backward of a step, ours and padded through transformers' own, and the loss of both.
 
     In turns, in one process, float32 on the CPU, so that whatever else the machine does meets both.
@@ -177,7 +176,7 @@ def against_stock(work: Work, config, padded_batch: int, repeats: int) -> dict:
     samples, micros = work.step(config)
     tokens = supervised(samples)
     micros = [batch.weighted(slot_weights(tokens, "token")) for batch in micros]
-    groups = [slice(i, i + padded_batch) for i in range(0, len(samples), padded_batch)]
+    groups = [slice(i, i + PADDED_BATCH) for i in range(0, len(samples), PADDED_BATCH)]
     padded = [pixel_batch(*zip(*samples[group], strict=True), geometry(config), config) for group in groups]
     shared = [(inputs, tokens[group].sum() / tokens.sum()) for inputs, group in zip(padded, groups, strict=True)]
     turns = []

@@ -46,7 +46,7 @@ def bench():
     model.set_attn_implementation(attention_names("sdpa"))
     freeze(model, Rates())
     samples = one_source(0, 6)
-    found = levers.Bench(SimpleNamespace(device=CPU), model, samples, [], padded_batch=3)
+    found = levers.Bench(SimpleNamespace(device=CPU), model, samples, [])
     examples = [example for example, _ in samples]
     found.micros = [pack_tiny(part).weighted(found.weights) for part in (examples[:4], examples[4:])]
     return found
@@ -70,7 +70,7 @@ def test_levers_really_add_the_work_that_they_are_about(bench, monkeypatch):
     examples = [example for example, _ in bench.samples]
     lengths = [len(example.input_ids) for example in examples]
     with levers.padding(bench) as micros:
-        assert [len(b.input_ids) for b in micros] == [3 * max(lengths[:3]), 3 * max(lengths[3:])]
+        assert [len(b.input_ids) for b in micros] == [4 * max(lengths[:4]), 2 * max(lengths[4:])]
     with levers.all_logits(bench) as micros:
         assert [len(b.target_positions) for b in micros] == [len(b.input_ids) for b in bench.micros]
     with levers.one_chunk(bench):
@@ -231,7 +231,7 @@ def test_profiler_traces_the_chosen_step_and_no_other(tmp_path):
 
 def test_step_runs_the_trainer_and_its_parts_add_up(tmp_path):
     """The command itself on a CPU: card, parts, stock comparison, trace, operators."""
-    options = ("--device", "cpu", "--samples", 1, "--shortened", 20, "--warmup", 1, "--steps", 1, "--padded_batch", 1)
+    options = ("--device", "cpu", "--samples", 1, "--shortened", 20, "--warmup", 1, "--steps", 1)
     where = ("--out", tmp_path, "--profile", tmp_path / "traces")
     launch("scripts/benchmark.py", "step", *options, *where, processes=1)
     card = json.loads((tmp_path / "step-vicuna-7b-clip-336-tiny-cpu.json").read_text())

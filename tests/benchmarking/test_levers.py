@@ -36,7 +36,7 @@ def bench_of(llm: str = VICUNA, rates: Rates | None = None) -> levers.Bench:
     freeze(model, rates or Rates())
     anyres = geometry(config)
     samples = [(replace(e, source=0), sizes) for e, sizes in random_samples(0, 3, images=(1,), anyres=anyres)]
-    found = levers.Bench(SimpleNamespace(device=CPU), model, samples, [], padded_batch=3)
+    found = levers.Bench(SimpleNamespace(device=CPU), model, samples, [])
     examples = [example for example, _ in samples]
     found.micros = [pack_tiny(part, anyres).weighted(found.weights) for part in (examples[:2], examples[2:])]
     return found
