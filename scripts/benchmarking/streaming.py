@@ -150,7 +150,8 @@ def _ours(what: Pass, taken: Taken) -> Iterator[tuple[int, dict[str, int]]]:
     mixture = Mixture([(what.url, "photos", 1.0)], anyres, what.batch_size)
     mixture.deal(0, 8, 8192, 48)
     taken.open_s, taken.grown_mb = time.monotonic() - begin, (psutil.Process().memory_info().rss - before) / 1e6
-    columns = [x for index in mixture.indexes for x in (*vars(index).values(), *index.exact_text_tokens.values())]
+    columns = [value for index in mixture.indexes for value in vars(index).values()]
+    columns = [x for value in columns for x in (value.values() if isinstance(value, dict) else [value])]
     taken.index_mb = sum(getattr(column, "nbytes", 0) for column in columns) / 1e6
     feed = Feed(build_loader(mixture, encoder, 0, 1, 8192, 48, options=LoaderOptions(what.num_workers)))
     io = Counter()
