@@ -88,11 +88,7 @@ def architecture(name: str) -> PretrainedConfig:
     """
     known = TOWERS | LLMS
     if name in known:
-        config_class, values = known[name]
-        values = dict(values)
-        if "rope_theta" in values:
-            values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-        return config_class(**values, tie_word_embeddings=False) if name in LLMS else config_class(**values)
+        return _config(*known[name])
     if not (Path(name) / "config.json").exists():
         raise ValueError(f"{name}: known architectures are {', '.join(known)}; or give a folder with a config.json")
     config = AutoConfig.from_pretrained(name)
@@ -100,6 +96,14 @@ def architecture(name: str) -> PretrainedConfig:
     if config.model_type not in {config_class.model_type for config_class, _ in known.values()}:
         raise ValueError(f"{name}: {config.model_type!r} is no architecture that this project composes")
     return config
+
+
+def _config(kind: type, values: dict) -> PretrainedConfig:
+    if "rope_theta" in values:
+        rope = {"rope_type": "default", "rope_theta": values["rope_theta"]}
+        values = {name: value for name, value in values.items() if name != "rope_theta"}
+        values |= {"rope_parameters": rope, "tie_word_embeddings": False}
+    return kind(**values)
 
 
 def scaled(config: PretrainedConfig, scale: str) -> PretrainedConfig:
@@ -153,27 +157,10 @@ DEMO_PINPOINTS = tuple(
 
 def demo_configs() -> tuple[PretrainedConfig, PretrainedConfig]:
     """A CLIP tower and a Llama small enough to learn reading on a laptop's CPU in minutes (2 M parameters)."""
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=16,
-        projection_dim=128,
-        initializer_range=0.5,
-    )
-    llm = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.5,
-    )
-    return vision, llm
+    tower = _values(_TOWER, 128, 384, 4, 4, 32, 16, "quick_gelu", 1e-5, projection_dim=128)
+    llm = _values(_LLM, 512, 128, 320, 3, 4, 4, 1024, 1e-6, 10000.0, 1, 2)
+    drawn = {"initializer_range": 0.5}
+    return _config(CLIPVisionConfig, tower | drawn), _config(LlamaConfig, llm | drawn)
 
 
 # special tokens, beginning-of-sequence and end token of each template's family; unlisted: Llama-2's

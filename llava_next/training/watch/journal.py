@@ -45,6 +45,7 @@ class Journal:
         self.changes = JsonLines(run_dir / "changes.jsonl")
         # a file each: appends from several nodes to one would mix
         self.skipped = JsonLines(run_dir / (f"skipped-rank{rank}.jsonl" if rank else "skipped.jsonl"))
+        self._logs = (self.metrics, self.validation, self.changes, self.skipped)
         self.bar = _Bar(progress) if self.main and sys.stdout.isatty() else None
 
     def holes(self, step: int, micros: Iterable[PackedBatch]) -> None:
@@ -127,15 +128,13 @@ class Journal:
 
     def sync(self) -> None:
         """Returns when all lines are on the disk: before a checkpoint says that their steps need not be done again."""
-        for log in (self.metrics, self.validation, self.skipped, self.changes):
+        for log in self._logs:
             log.sync()
 
     def close(self) -> None:
         """Closes files and bar; trackers end with the Accelerator."""
-        self.metrics.close()
-        self.skipped.close()
-        self.validation.close()
-        self.changes.close()
+        for log in self._logs:
+            log.close()
         if self.bar:
             self.bar.close()
 
