@@ -12,6 +12,12 @@ def run_demo(demo: Path, folder: Path, *options, processes: int = 1, check: bool
     Returns:
         the finished process, and the lines of metrics.jsonl.
     """
+    done = launch("scripts/finetune.py", *demo_arguments(demo, folder), *options, processes=processes, check=check)
+    return done, read_lines(folder / "metrics.jsonl")
+
+
+def demo_arguments(demo: Path, folder: Path) -> list[str]:
+    """Of scripts/finetune.py, for a run into `folder`."""
     arguments = {
         "--config": ROOT / "scripts/recipes/digits/finetune.yaml",
         "--run_dir": folder,
@@ -22,9 +28,7 @@ def run_demo(demo: Path, folder: Path, *options, processes: int = 1, check: bool
         "--data.epochs": 1,
         "--log_every": 1,
     }
-    given = [x for pair in arguments.items() for x in pair]
-    done = launch("scripts/finetune.py", *given, *options, processes=processes, check=check)
-    return done, read_lines(folder / "metrics.jsonl")
+    return [str(x) for pair in arguments.items() for x in pair]
 
 
 def read_lines(path: Path) -> list[dict]:

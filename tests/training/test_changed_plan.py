@@ -7,7 +7,7 @@ import pytest
 
 import finetune
 from support.demo import build_demo
-from support.runs import read_lines, run_demo
+from support.runs import demo_arguments, read_lines, run_demo
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +36,7 @@ def begun(demo, tmp_path_factory):
 
 def plan(demo, run, monkeypatch, capsys, *options) -> str:
     """What a dry run says, or the error it ends in."""
-    arguments = [
-        "--config",
-        "scripts/recipes/digits/finetune.yaml",
-        "--data.sources",
-        demo / "shards",
-        "--data.batch_size",
-        8,
-        "--data.max_length",
-        300,
-    ]
-    arguments += ["--data.epochs", 1, "--run_dir", run, "--model", demo / "base", "--dry_run", *options]
+    arguments = [*demo_arguments(demo, run), "--data.batch_size", 8, "--dry_run", *options]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
     try:
         finetune.main(None)

@@ -28,7 +28,7 @@ from llava_next.training.checkpoints.recovery import complete_checkpoints, find_
 from llava_next.training.recipe.config import RunConfig
 from support.demo import build_demo
 from support.launching import ROOT, command_and_environment, installed, launch
-from support.runs import losses, read_lines
+from support.runs import demo_arguments, losses, read_lines
 
 KILLS = int(os.environ.get("LLAVA_NEXT_KILLS", "0"))
 
@@ -68,11 +68,7 @@ def start(demo: Path, run: Path, package: str, *options, processes: int, node: i
 
 def arguments_of(demo: Path, run: Path) -> list:
     """One epoch of the demo."""
-    return [
-        *("--config", ROOT / "scripts/recipes/digits/finetune.yaml", "--run_dir", run, "--model", demo / "base"),
-        *("--data.sources", demo / "shards", "--data.batch_size", 8, "--data.max_length", 300, "--data.epochs", 1),
-        *("--data.num_workers", 0, "--log_every", 1),
-    ]
+    return [*demo_arguments(demo, run), "--data.batch_size", 8]
 
 
 def end_of(run: Path) -> str:
