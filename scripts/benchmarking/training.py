@@ -269,6 +269,7 @@ def run_steps(
     batches = [replace(batch, step=number) for number, step in enumerate(steps) for batch in step]
     on_gpu = device.type == "cuda"
     feed = Feed(DataLoader(batches, batch_size=None, pin_memory=on_gpu))
+    (run_dir / "metrics.jsonl").unlink(missing_ok=True)  # of a run before, which it would be added to
     journal = Journal(run, accelerator, plan, Progress(len(steps), 0))
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
