@@ -25,6 +25,7 @@ from llava_next.data.format.tar import one_line
 from llava_next.data.inputs.unbuilt import records_file
 from llava_next.data.storage.client import written_aside
 from llava_next.paths import local_path
+from llava_next.training.planning import with_default_budgets
 from llava_next.training.recipe.config import RunConfig, parse_run
 from llava_next.training.setup import Parts, load_parts, open_mixture, read_model_config
 
@@ -51,7 +52,7 @@ def load_run(options: argparse.Namespace) -> tuple[RunConfig, Parts] | None:
         recipe = fitting_recipe(options.template, read_model_config(options.model), stage)
         print(f"assumed: the recipe {recipe.relative_to(RECIPES.parents[1])}; --config names another")
     config, _ = parse_run([*given, *options.overrides], default_recipe=recipe)
-    return config, load_parts(config)
+    return with_default_budgets(config), load_parts(config)
 
 
 def fitting_recipe(template: str | None, model_config, stage: str) -> Path:

@@ -28,6 +28,7 @@ from llava_next.training.devices.launch import check_launch
 from llava_next.training.devices.parallel import build_accelerator, finish
 from llava_next.training.ending import fail, refuse
 from llava_next.training.loop import Trainer
+from llava_next.training.planning import Plan, check_plan, keep_choice, make_plan
 from llava_next.training.readiness import check_ready, keep_companions
 from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
 from llava_next.training.setup import (
@@ -46,6 +47,7 @@ from llava_next.training.setup import (
 from llava_next.training.validate import Validation
 from llava_next.training.watch.health import record_communication
 from llava_next.training.watch.launcher import say_last, time_limit
+from llava_next.training.watch.memory import MemoryWatch
 from llava_next.training.watch.stopping import StoppedEarly, StopRequest
 from llava_next.training.watch.trackers import start_trackers
 
@@ -71,10 +73,11 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
             return  # rank 0 plans
         parts = load_parts(config)
         mixture = open_mixture(config, parts)
-        validation = Validation(config, parts) if config.data.validation else None
         resume = find_resume(config)
         if resume.path:
             resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
+        plan = make_plan(config, parts, mixture, options.as_if)
+        validation = Validation(plan.config, parts) if config.data.validation else None
         if not options.dry_run:
             check_cut(config, mixture)
             check_systems(config, mixture)
@@ -82,35 +85,41 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
                 check_cut(validation.config, validation.mixture, "data.validation")
                 check_systems(validation.config, validation.mixture)
             check_launch(lambda: empty_model(parts))
+            check_plan(plan)
             resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:
         refuse(error)
 
     if int(os.environ.get("RANK", "0")) == 0:
-        print(plan_banner(config, parts, mixture, options.as_if), flush=True)
+        print(plan_banner(plan, parts, mixture, options.command), flush=True)
         if validation and (warning := cut_warning(validation.mixture)):
             print(f"held out   {warning}", flush=True)
         for text in [*(f"note       {note}" for note in resume.notes), *time_limit(config.run_dir)]:
             print(text, flush=True)
     if options.dry_run:
         return
-    train(config, options, parts, mixture, validation, resume, stop)
+    train(config, plan, options, parts, mixture, validation, resume, stop)
 
 
-def train(config: RunConfig, options: Options, parts, mixture, validation, resume: Resume, stop: StopRequest) -> None:
+def train(
+    given: RunConfig, plan: Plan, options: Options, parts, mixture, validation, resume: Resume, stop: StopRequest
+) -> None:
     """Loads the model (or the checkpoint's weights into it), trains, and writes `model/`."""
+    config = plan.config
     run_dir, how_to_go_on = Path(config.run_dir), resume_command(config)
     record_communication(run_dir)
     if config.data.num_workers:
         start_worker_server(parts.encoder)  # loads its modules while the model loads
     accelerator = build_accelerator()
-    same_on_all_ranks("configuration", yaml.safe_dump(asdict(config)))
+    same_on_all_ranks("configuration", yaml.safe_dump(asdict(given)))
+    same_on_all_ranks("plan for their memory (GPUs of one kind are needed)", json.dumps(asdict(plan.choice.picked)))
     same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))
     same_on_all_ranks("checkpoints", str(resume.state["step"]))
     hold_run(config, resume, options.take_over)  # one run at a time; nothing was written yet
     replan = partial(mixture.resume, allow_changed_plan=config.data.allow_changed_plan)
     resume = verified(config, resume, replan, accelerator.print)
-    resume.prepare(run_dir, lambda: (save_run(config, run_dir / "config.yaml"), keep_companions(config, parts)))
+    kept = (partial(save_run, given, run_dir / "config.yaml"), partial(keep_choice, plan, run_dir))
+    resume.prepare(run_dir, lambda: [keep() for keep in (*kept, partial(keep_companions, config, parts))])
     start_trackers(config, accelerator, accelerator.print)
 
     model, optimizer = build_model(config, accelerator)
@@ -137,6 +146,7 @@ def train(config: RunConfig, options: Options, parts, mixture, validation, resum
         resume.state,
         stop,
         validation=validation,
+        memory=MemoryWatch(run_dir, accelerator.process_index, accelerator.device, plan.picking, plan.picked),
     )
     if not trainer.train():
         say_last(f"stopped after step {trainer.step}; to continue:\n{how_to_go_on}", 0, on_all_ranks=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,21 +14,20 @@ from llava_next.data.plan.dealing import CostModel
 from llava_next.data.plan.mixture import Mixture
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.tokenise import DATA_TOKENS, data_tokens, listed
-from llava_next.training.devices.hardware import Hardware, present_hardware
-from llava_next.training.devices.launch import checkpointing_policy, hsdp_sizes
-from llava_next.training.forecast.activations import Compute
-from llava_next.training.forecast.budget import POLICIES, Budget, Layout, choose, estimate, units
+from llava_next.training.devices.hardware import GPUS_PER_NODE, Hardware
+from llava_next.training.forecast.budget import units
 from llava_next.training.forecast.flops import Checkpointing, flops_model
+from llava_next.training.forecast.picking import MARGIN, Candidate
+from llava_next.training.forecast.speed import ASSUMED_HFU, MICRO_STEP_SECONDS, SUPERVISED_SHARE
+from llava_next.training.planning import CHECKPOINTING, TILES, TOKENS, Plan
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import freeze, trainable_table, warmup_steps
 from llava_next.training.setup import Parts, build_command, cut_warning, empty_model, refused_systems
+from llava_next.training.watch.memory import LOG
 from llava_next.training.watch.metrics import si
 
 SAMPLED_STEPS = 20  # dealt to see how full and how even micro-batches are
-# Assumed shares of the peak, by policy: published 7B text runs on H100 reach 46 % without checkpointing and 40 % with
-# full (MosaicML's MPT-7B); what a run reaches stands in its metrics.
-ASSUMED_MFU: dict[Checkpointing, float] = {"none": 0.45, "selective": 0.43, "full": 0.40}
-SUPERVISED_SHARE = 0.1  # of all tokens, assumed: it moves the FLOPs by 1 %
+COLUMNS = 100  # of a line
 
 
 @dataclass(frozen=True)
@@ -88,46 +87,29 @@ def deal_some(config: RunConfig, mixture: Mixture, world: int) -> Dealt:
     )
 
 
-def plan_banner(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardware | None = None) -> str:
+def plan_banner(plan: Plan, parts: Parts, mixture: Mixture, command: tuple[str, ...] = ()) -> str:
     """What the run will do, in lines of at most 100 columns (but for long paths).
 
     Args:
-        as_if: a machine to plan for instead of the one at hand. Of its launch file nothing is known: the policy picked
-            is then taken for the active one.
+        command: the script with its options, for the command that a plan for another machine assumes.
     """
-    hardware, model, model_config = as_if or present_hardware(), empty_model(parts), parts.model_config
+    config, model, model_config = plan.config, empty_model(parts), parts.model_config
     freeze(model, config.optim.rates)
-    dealt = deal_some(config, mixture, hardware.world)
-    launched = as_if is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    layout = layout_of(hardware, launched)
-    data = config.data
-    arguments = (model_config, units(model), config.optim.rates, layout, data.token_budget)
-    budget = choose(*arguments, data.tile_budget, hardware.memory)
-    policy = checkpointing_policy(config.activation_checkpointing) if launched else budget.picked
+    dealt = deal_some(config, mixture, plan.hardware.world)
     lines = [
         *model_lines(config, model_config, model),
         *data_lines(config, parts, mixture, dealt),
-        *dealing_lines(config, dealt, hardware),
-        *memory_lines(budget, config, layout, policy if launched else None),
-        *hint_lines(budget, policy, arguments, config, dealt),
+        *dealing_lines(config, dealt, plan.hardware),
+        *memory_lines(plan),
+        *choice_lines(plan),
+        *reshard_lines(plan),
         *speed_lines(config),
-        *time_lines(config, model_config, mixture, dealt, hardware, policy),
+        *time_lines(plan, mixture, dealt),
         *size_lines(model),
         f"run        {config.run_dir}",
+        *command_lines(plan, command),
     ]
     return "\n".join(lines)
-
-
-def layout_of(hardware: Hardware, launched: bool) -> Layout:
-    """How the launch file shards, or, without one, how the files that ship would: inside a node, resharding."""
-    sizes = hsdp_sizes() if launched else None
-    shard = sizes[1] if sizes else (hardware.world if launched else hardware.per_node)
-    reshard = not launched or os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-    full_precision = not hardware.on_gpu
-    if launched:
-        full_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
-    compute = Compute(nbytes=4 if full_precision else 2, fused=hardware.on_gpu and not full_precision)
-    return Layout(shard, compute, reshard, hardware.on_gpu)
 
 
 def model_lines(config: RunConfig, model_config, model: LlavaNextForConditionalGeneration) -> list[str]:
@@ -208,69 +190,125 @@ def dealing_lines(config: RunConfig, dealt: Dealt, hardware: Hardware) -> list[s
     ]
 
 
-# heading of the memory table -> part of `Estimate`
-COLUMNS = {
-    "weights": "weights",
-    "grads": "gradients",
-    "adam": "optimizer",
-    "gather": "gathered",
-    "activ.": "activations",
-    "logits": "logits",
-    "work": "working",
-    "system": "workspace",
-    "total": "total",
-}
+# headings of the memory table, and parts of `Estimate`
+STATES = {"weights": "weights", "gradients": "gradients", "Adam": "optimizer", "gathered": "gathered"}
+BESIDES = {"activ.": "activations", "logits": "logits", "work": "working", "system": "workspace", "total": "total"}
 
 
-def memory_lines(budget: Budget, config: RunConfig, layout: Layout, active: Checkpointing | None) -> list[str]:
-    """The table of policies, the one that is picked and why, and whether the one that is active fits."""
+def label(policy: Checkpointing) -> str:
+    """A policy in a table: `12 full`, the others being selective."""
+    return f"{policy} full" if isinstance(policy, int) else policy
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """The table of policies, each with the budgets that are best under it."""
+    rows, layout = plan.choice.rows, plan.layout
     reshard = "freed after each layer" if layout.reshard else "kept until backward"
-    unit, scale = ("GB", 1e9) if max(found.total for found in budget.estimates.values()) >= 1e9 else ("MB", 1e6)
+    unit, scale = ("GB", 1e9) if max(row.estimate.total for row in rows) >= 1e9 else ("MB", 1e6)
+    parts = [f"{heading} {getattr(rows[0].estimate, name) / scale:.2f}" for heading, name in STATES.items()]
+    where = " (states in host memory)" if layout.offload else ""
     lines = [
-        f"memory     {si(budget.memory, 'B')} a rank; states sharded over {layout.shard} rank(s), "
+        f"memory     {si(plan.hardware.memory, 'B')} a rank; states sharded over {layout.shard} rank(s), "
         f"gathered weights {reshard}",
-        f"           {unit} at the peak with {config.data.token_budget:,} tokens, {config.data.tile_budget} tiles a "
-        "micro-batch, by activation checkpointing:",
-        "  " + f"{'policy':<10}" + "".join(f"{heading:>8}" for heading in COLUMNS),
+        f"           {unit} at the peak: {', '.join(parts)}{where};",
+        "           besides, by activation checkpointing, each with its best budgets of a micro-batch:",
+        f"  {'policy':<10}{'tokens':>8}{'tiles':>6}{'micros':>7}{'filled':>7}"
+        + "".join(f"{heading:>8}" for heading in BESIDES)
+        + f"{'s/step':>8}",
     ]
-    for policy, found in budget.estimates.items():
-        figures = "".join(f"{getattr(found, name) / scale:>8.2f}" for name in COLUMNS.values())
-        marks = [word for word, said in (("picked", policy == budget.picked), ("active", policy == active)) if said]
-        lines.append(
-            f"  {policy:<10}{figures}  {'fits' if budget.fits(policy) else 'too large'} {', '.join(marks)}".rstrip()
-        )
+    for row in rows:
+        figures = "".join(f"{getattr(row.estimate, name) / scale:>8.2f}" for name in BESIDES.values())
+        timed = [f"{'-':>7}", f"{'-':>7}", f"{'-':>8}"]
+        if row.seconds is not None:
+            seconds = f"{row.seconds:>8.2f}" if plan.hardware.peak else f"{'-':>8}"
+            timed = [f"{row.micro_batches:>7.1f}", f"{100 * row.filled:>5.0f} %", seconds]
+        verdict = "picked" if row == plan.picked else "" if row.fits else "too large"
+        sizes = f"{label(row.policy):<10}{row.tokens:>8,}{row.tiles:>6,}{timed[0]}{timed[1]}"
+        lines.append(f"  {sizes}{figures}{timed[2]}  {verdict}".rstrip())
     lines.append("           total counts the larger of logits and work, which come one after the other")
-    lines.append(f"policy     {budget.picked}: {budget.reason}")
-    if active is not None and active != budget.picked:
-        verdict = "fits" if budget.fits(active) else "does not fit"
-        lines.append(f"           the launch file's is {active}, which {verdict}")
     return lines
 
 
-def hint_lines(budget: Budget, policy: Checkpointing, arguments: tuple, config: RunConfig, dealt: Dealt) -> list[str]:
-    """What else would fit: a cheaper policy with fewer tiles (no fewer than were dealt), weights that stay gathered.
+def choice_lines(plan: Plan) -> list[str]:
+    """What was picked and why, and what would fit where that does not."""
+    picked, wanted = plan.picked, plan.wanted
+    given = zip((CHECKPOINTING, TOKENS, TILES), (wanted.policy, wanted.tokens, wanted.tiles), strict=True)
+    named = [name for name, value in given if value is not None]
+    if plan.launch_file_keeps_all:
+        named[0] = "fsdp_activation_checkpointing: false of the launch file"
+    reason = "the least time of what fits" if plan.hardware.on_gpu else "fixed on CPUs"
+    reasons = [plan.origin or (reason if picked.fits else "the least memory of what was left open")]
+    if named:
+        reasons.append(f"given: {', '.join(named)}")
+    spare = f"memory is counted {plan.picking.factor:.2f} times the estimate"
+    if plan.picking.factor > MARGIN:
+        spare += f", in place of {MARGIN}, by {plan.config.run_dir}/{LOG}*.jsonl"
+    lines = [f"choice     {picked.options}", *_wrapped("; ".join(reasons)), *_wrapped(spare)]
+    return lines if picked.fits else [*lines, *_wrapped(f"warning: {plan.too_large}")]
 
-    Args:
-        arguments: of `estimate`, from the model's config to the token budget, without the policy.
-    """
-    model_config, counts, rates, layout, tokens = arguments
 
-    def total(of: Checkpointing, how: Layout, tiles: int) -> float:
-        return estimate(model_config, counts, rates, of, how, tokens, tiles).total
+def _wrapped(text: str, width: int = COLUMNS, indent: str = " " * 11) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
 
-    lines, most = [], config.data.tile_budget
-    for cheaper in POLICIES[: POLICIES.index(budget.picked)]:
-        enough = (n for n in range(most - 1, dealt.most_tiles - 1, -1) if total(cheaper, layout, n) <= budget.memory)
-        if (tiles := next(enough, None)) is not None:
-            lines.append(f"           {cheaper} would fit with --data.tile_budget {tiles}")
-            break
-    if layout.reshard:
-        kept = total(policy, replace(layout, reshard=False), most)
-        verdict = "fits as well" if kept <= budget.memory else "does not fit"
-        lines.append(
-            f"           with fsdp_reshard_after_forward: false {policy} takes {si(kept, 'B')}, which {verdict}"
+
+def reshard_lines(plan: Plan) -> list[str]:
+    """What the other value of the launch file's fsdp_reshard_after_forward would change."""
+    layout = plan.layout
+    other = replace(plan.picking, layout=replace(layout, reshard=not layout.reshard))
+    if not plan.hardware.on_gpu or layout.shard == 1:  # nothing is gathered
+        return []
+    found = other.choose().picked
+    return _wrapped(f"with fsdp_reshard_after_forward: {str(not layout.reshard).lower()} {described(found, plan)}")
+
+
+def described(found: Candidate, plan: Plan) -> str:
+    """A candidate in a sentence."""
+    seconds = f", {found.seconds:.2f} s a step" if plan.hardware.peak else ""
+    verdict = "" if found.fits else ", which does not fit"
+    return f"{label(found.policy)} with {found.tokens:,} tokens takes {si(found.estimate.total, 'B')}{seconds}{verdict}"
+
+
+def launch_words(hardware: Hardware) -> list[str]:
+    """The launch that a plan for a machine assumes: the file that ships for it, and what it must be told."""
+    if hardware.nodes > 1:
+        words = ["accelerate_configs/h100x8x4_hsdp.yaml", "--num_machines", str(hardware.nodes)]
+        words += ["--num_processes", str(hardware.world)]
+        words += ["--parallelism_config_dp_replicate_size", str(hardware.nodes)]
+        if hardware.per_node != GPUS_PER_NODE:
+            words += ["--parallelism_config_dp_shard_size", str(hardware.per_node)]
+    elif hardware.world > 1:
+        words = ["accelerate_configs/h100x8_fsdp.yaml"]
+        words += ["--num_processes", str(hardware.world)] if hardware.world != GPUS_PER_NODE else []
+    else:
+        words = ["accelerate_configs/gpu1.yaml"]
+    return ["accelerate", "launch", "--config_file", *words]
+
+
+def command_lines(plan: Plan, command: tuple[str, ...]) -> list[str]:
+    """The command that the plan assumes, and where a launch file that ships would run something else."""
+    hardware = plan.hardware
+    if plan.launched or not hardware.on_gpu or not command:
+        return []
+    words = [*launch_words(hardware), *command]
+    for key, value in (("--model", "MODEL"), ("--data.sources", "DATA"), ("--run_dir", "RUN")):
+        if not any(word == key or word.startswith(f"{key}=") for word in command):
+            words += [key, value]
+    text = " ".join(map(shlex.quote, words))
+    lines = textwrap.wrap(text, COLUMNS - 2, initial_indent="command    ", subsequent_indent=" " * 15, **WHOLE_WORDS)
+    lines = [*(f"{line} \\" for line in lines[:-1]), lines[-1]]
+    if hardware.nodes > 1:
+        shard = replace(plan.layout, shard=hardware.world, replicate=1)
+        found = replace(plan.picking, layout=shard).choose().picked
+        lines += _wrapped(
+            f"on every node, with its --machine_rank. The one-node file h100x8_fsdp.yaml for {hardware.world} "
+            f"processes would shard over all of them, its gathers crossing the network: {described(found, plan)}"
         )
+    elif 1 < hardware.world != GPUS_PER_NODE:
+        lines += _wrapped("h100x8_fsdp.yaml as it is starts 8 processes")
     return lines
+
+
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def speed_lines(config: RunConfig) -> list[str]:
@@ -285,11 +323,10 @@ def speed_lines(config: RunConfig) -> list[str]:
     return lines
 
 
-def time_lines(
-    config: RunConfig, model_config, mixture: Mixture, dealt: Dealt, hardware: Hardware, policy: Checkpointing
-) -> list[str]:
+def time_lines(plan: Plan, mixture: Mixture, dealt: Dealt) -> list[str]:
     """FLOPs, hours and what storage must deliver, at an assumed share of the peak."""
-    flops = flops_model(model_config, config.optim.rates, policy)
+    config, hardware, picked, layout = plan.config, plan.hardware, plan.picked, plan.layout
+    flops = flops_model(plan.picking.config, config.optim.rates)
     step, _ = flops.step_flops(dealt.tokens, dealt.squared_lengths, dealt.tiles, SUPERVISED_SHARE * dealt.tokens)
     shares = f"llm {100 * step.llm / step.total:.0f} %, vision {100 * step.vision / step.total:.0f} %"
     per_sample = si(step.total / config.data.batch_size, "FLOP")
@@ -300,15 +337,21 @@ def time_lines(
     )
     if hardware.peak is None:
         return [*lines, f"time       peak of {hardware.name} unknown, so no estimate; {si(volume, 'B')} are read"]
-    mfu = ASSUMED_MFU[policy] * dealt.balance
-    seconds = step.total / hardware.world / hardware.peak / mfu
-    total = seconds * mixture.total_steps
-    samples = config.data.batch_size / seconds
+    seconds = picked.seconds
+    total, samples = seconds * mixture.total_steps, config.data.batch_size / seconds
+    mfu = step.total / hardware.world / hardware.peak / seconds
+    links = [f"{si(hardware.near, 'B/s')} in a node"] if layout.shard <= hardware.per_node else []
+    links += [f"{si(hardware.far, 'B/s')} between nodes"] if hardware.nodes > 1 else []
+    moved = f", or {picked.moved:.2f} s of moving weights and gradients at {', '.join(links)}" if picked.moved else ""
     return [
         *lines,
-        f"time       {_duration(total)}: {samples:.1f} samples/s, {seconds:.2f} s a step on {hardware.name}",
-        f"           assumed: MFU {100 * ASSUMED_MFU[policy]:.0f} % ({policy} checkpointing) of "
-        f"{hardware.peak / 1e12:,.0f} TFLOP/s, times the balance",
+        f"time       {_duration(total)}: {samples:.1f} samples/s, {seconds:.2f} s a step on {hardware.name}, "
+        f"MFU {100 * mfu:.0f} %",
+        *_wrapped(
+            f"assumed: {100 * ASSUMED_HFU:.0f} % of {hardware.peak / 1e12:,.0f} TFLOP/s on all that is computed "
+            f"({picked.computed:.2f} s of the slowest ranks){moved}, whichever is more in a micro-batch, and "
+            f"{1000 * MICRO_STEP_SECONDS:.0f} ms for each"
+        ),
         f"storage    {si(volume / total, 'B/s')} and {samples:.0f} requests/s over all ranks; {si(volume, 'B')} in all",
     ]
 

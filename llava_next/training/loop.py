@@ -26,6 +26,7 @@ from llava_next.training.recipe.optim import rate_multiplier, set_rates
 from llava_next.training.validate import Validation
 from llava_next.training.watch.health import GarbageCollection, Heartbeat, NonFinite
 from llava_next.training.watch.journal import Journal
+from llava_next.training.watch.memory import MemoryWatch
 from llava_next.training.watch.metrics import duration
 from llava_next.training.watch.profile import StepProfiler
 from llava_next.training.watch.stopping import StopRequest
@@ -46,6 +47,7 @@ class Trainer:
         validation: held-out data, or None.
         resumed: state of the checkpoint that the run continues, or that of a fresh start.
         stop: tells that this rank was asked to stop.
+        memory: tells what to do when it is not enough.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Trainer:
         resumed: dict,
         stop: StopRequest,
         validation: Validation | None = None,
+        memory: MemoryWatch | None = None,
     ):
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
         self.feed, self.mixture, self.journal, self.validation = feed, mixture, journal, validation
         self.checkpoints = checkpoints
+        self._computing = memory.computing if memory else lambda *_: contextlib.nullcontext()
         self.pending: tuple[dict, torch.Tensor, list] | None = None  # of the last step, until it is settled
         self._step_begin = self._beside = 0.0
         self.last_step = journal.progress.total
@@ -139,14 +143,17 @@ class Trainer:
         sums = torch.zeros(1 + 2 * num_sources, device=self.accelerator.device)
         for batch in micros:
             self.timer.mark("forward")
-            inputs = batch.weighted(weights).model_inputs(self.accelerator.device)
-            output = self.model(**inputs, num_sources=num_sources)
+            with self._computing("the forward", self.step + 1, batch):
+                inputs = batch.weighted(weights).model_inputs(self.accelerator.device)
+                output = self.model(**inputs, num_sources=num_sources)
             self.timer.mark("backward")
-            # FSDP averages gradients over ranks; the weights are already those of the whole step.
-            (output.loss * self.accelerator.num_processes).backward()
+            with self._computing("the backward", self.step + 1, batch):
+                # FSDP averages gradients over ranks; the weights are already those of the whole step.
+                (output.loss * self.accelerator.num_processes).backward()
             sums += torch.cat([output.loss.detach()[None], output.source_loss, output.source_tokens])
         self.timer.mark("optimizer")
-        grad_norm, skipped = self._update()
+        with self._computing("the update", self.step + 1):
+            grad_norm, skipped = self._update()
         self.timer.mark("end")
         dist.all_reduce(sums)
         self.step += 1

@@ -148,7 +148,7 @@ def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
         max_length=data.max_length,
         fingerprint=parts.fingerprint,
         shuffle_shards=data.shuffle_shards,
-        cost=cost_model(parts.model_config, config.optim.rates, checkpointing_policy(config.activation_checkpointing)),
+        cost=cost_model(parts.model_config, config.optim.rates),  # a plan may know better, see `planning.make_plan`
     )
 
 

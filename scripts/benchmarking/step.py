@@ -32,6 +32,7 @@ from llava_next.training.devices.parallel import finish
 from llava_next.training.forecast.activations import Compute
 from llava_next.training.forecast.budget import Layout, Unit, estimate
 from llava_next.training.forecast.flops import flops_model
+from llava_next.training.forecast.speed import communication_bytes
 from support.tiny import geometry, pixel_batch
 
 # Assumptions: bytes/s at which a rank receives in a collective (NVLink of an H100: 450e9 by data sheet, some three
@@ -149,8 +150,7 @@ def project(compute_s: float, optimizer_s: float, micro_batches: float, weights:
         micro_batches: of the step.
         weights: of the whole model at full depth, gathered and reduced in each.
     """
-    received = (RANKS - 1) / RANKS * 4 * (weights.parameters + weights.trainable)  # bytes of a micro-batch
-    compute, communication = compute_s / BALANCE, micro_batches * received / BANDWIDTH
+    compute, communication = compute_s / BALANCE, micro_batches * communication_bytes(weights, RANKS) / BANDWIDTH
     update = optimizer_s / RANKS
     return {
         "is": "a projection from one GPU, not a measurement",

@@ -38,7 +38,7 @@ from llava_next.training.devices.float8 import use_float8
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import build_accelerator, shard
 from llava_next.training.forecast.activations import Compute
-from llava_next.training.forecast.budget import POLICIES, Layout, Units, choose, estimate, units
+from llava_next.training.forecast.budget import POLICIES, Layout, Units, estimate, units
 from llava_next.training.forecast.flops import Checkpointing
 from llava_next.training.loop import Trainer
 from llava_next.training.recipe.config import RunConfig
@@ -156,8 +156,9 @@ def pick(work: Work, memory: float, wanted: str = "auto") -> tuple[int, Checkpoi
     """
     full, budgets, policy = work.config(), (work.token_budget, work.tile_budget), wanted
     if wanted == "auto":
-        layout = Layout(shard=RANKS, compute=Compute())
-        policy = choose(full, empty_units(full, work.rates), work.rates, layout, *budgets, SPARE * memory).picked
+        layout, counts = Layout(shard=RANKS, compute=Compute()), empty_units(full, work.rates)
+        totals = {p: estimate(full, counts, work.rates, p, layout, *budgets).total for p in POLICIES}
+        policy = next((p for p, total in totals.items() if total <= SPARE * memory), "full")
 
     def too_deep(depth: int) -> bool:
         config, one = work.config(depth), Layout(shard=1, compute=Compute())

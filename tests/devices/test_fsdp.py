@@ -268,7 +268,7 @@ def on_meta():
         return LlavaNextForConditionalGeneration(tiny_config())
 
 
-@pytest.mark.parametrize("policy", ["full", "selective"])
+@pytest.mark.parametrize("policy", ["full", "selective", 1])
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
 def test_checkpointing_changes_no_bit_and_selective_recomputes_no_matrix_product(policy, offload):
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def test_checkpointing_changes_no_bit_and_selective_recomputes_no_matrix_product
     assert torch.equal(loss, again) and set(ours) == set(expected) and len(ours) > 50
     assert all(torch.equal(gradient, ours[name]) for name, gradient in expected.items())
     # 7 linear maps in each of 2 decoder layers and 6 in each of the 2 vision layers in use; nobody needs the last one's
-    assert recomputed - plain == (2 * 6 + 2 * 5 if policy == "full" else 0)
+    assert recomputed - plain == {"full": 2 * 6 + 2 * 5, 1: 6, "selective": 0}[policy]
 
 
 class CountMatmuls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -304,6 +304,7 @@ class CountMatmuls(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_unknown_checkpointing_policy_is_named():
-    with pytest.raises(ValueError, match="'most' is none of full, selective, none"):
-        apply_checkpointing(LlavaNextForConditionalGeneration(tiny_config()), "most")
+@pytest.mark.parametrize("policy", ["most", 0, 2, True])
+def test_unknown_checkpointing_policy_is_named(policy):
+    with pytest.raises(ValueError, match=f"{policy!r} is none of full, selective, none, 1 to 1 layers"):
+        apply_checkpointing(on_meta(), policy)

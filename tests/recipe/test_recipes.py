@@ -12,6 +12,7 @@ import inspect_shards
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
 from llava_next.model.folders.dry import architecture
 from llava_next.templates import get_template
+from llava_next.training.forecast.picking import default_budgets
 from llava_next.training.recipe.config import parse_run
 from llava_next.training.recipe.optim import rate_multiplier, warmup_steps
 from llava_next.training.setup import load_parts
@@ -58,7 +59,7 @@ def test_recipe_has_exactly_the_published_figures(model, stage):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_longest_picture_fits_the_length_and_the_budget_holds_two_samples(model):
+def test_longest_picture_fits_the_length_and_the_machine_sets_the_budgets(model):
     anyres, largest = LARGEST[tower_of(model)]
     width, height = max(
         ((w, h) for w in (672, 1344, 768) for h in (672, 1344, 768)), key=lambda s: anyres.num_tokens(*s)
@@ -66,9 +67,10 @@ def test_longest_picture_fits_the_length_and_the_budget_holds_two_samples(model)
     assert anyres.num_tokens(width, height) == largest
     for stage in ("pretrain", "finetune"):
         data = recipe(model, stage).data
-        assert largest < data.max_length and data.token_budget == 2 * data.max_length
+        assert largest < data.max_length and data.token_budget == data.tile_budget == "auto"
+        tokens, tiles = default_budgets(data.max_length)  # without a GPU: two of the longest
         # tiles never bind before tokens do: a full budget of the largest pictures, 5 tiles each
-        assert 5 * (data.token_budget // largest + 1) <= data.tile_budget
+        assert tokens == 2 * data.max_length and 5 * (tokens // largest + 1) <= tiles
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,12 @@ class Mixture:
         """Names of the sources."""
         return [source.name for source in self.plan_sources]
 
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the largest sample, as far as indexes are held in memory."""
+        held = (index.num_tiles for index in self.indexes if isinstance(index, Index))
+        return max((int(tiles.max(initial=0)) for tiles in held), default=0)
+
     def state(self) -> dict:
         """What a checkpoint must remember to continue with this plan and no other. JSON."""
         repeats = [source.repeat for source in self.plan_sources]

@@ -36,6 +36,20 @@ PEAKS: tuple[tuple[str, float], ...] = (
     ("rtx 4090", 165.2e12),
     ("rtx 3090", 71e12),
 )
+# What a GPU receives in a collective, bytes/s: from the GPUs of its node, and from other nodes. Data sheets' NVLink in
+# one direction, PCIe 4.0 where there is none, and usual networks (400 Gb/s a GPU beside Hopper and Blackwell, 200
+# beside Ampere, 100 a node else); three quarters of each, as NCCL's tests reach. Assumptions, by words as in `PEAKS`.
+LINKS: tuple[tuple[str, float, float], ...] = (
+    ("gb200", 675e9, 37e9),
+    ("b200", 675e9, 37e9),
+    ("h100 pcie", 24e9, 9e9),
+    ("h200", 340e9, 37e9),
+    ("h100", 340e9, 37e9),
+    ("h800", 150e9, 37e9),
+    ("a100", 225e9, 19e9),
+    ("a800", 150e9, 19e9),
+)
+SLOW_LINKS = (18e9, 1.2e9)
 # the same name with one of these words is another, slower device, or a slice of one
 OTHER_DEVICES = {"laptop", "mig", "max", "d", "ti"}
 
@@ -60,10 +74,20 @@ def peak_flops(device_name: str) -> float | None:
     Args:
         device_name: as `torch.cuda.get_device_name()` gives it.
     """
-    words = set(re.split(r"[\s-]+", device_name.lower()))
+    words = _words(device_name)
     if words & OTHER_DEVICES:
         return None
     return next((peak for name, peak in PEAKS if set(name.split()) <= words), None)
+
+
+def links(device_name: str) -> tuple[float, float]:
+    """Bytes/s that such a GPU receives from its node and from others (`LINKS`); an unknown one has PCIe."""
+    words = _words(device_name)
+    return next(((near, far) for name, near, far in LINKS if set(name.split()) <= words), SLOW_LINKS)
+
+
+def _words(device_name: str) -> set[str]:
+    return set(re.split(r"[\s-]+", device_name.lower()))
 
 
 @dataclass(frozen=True)
@@ -76,6 +100,7 @@ class Hardware:
         memory: bytes that a rank has.
         peak: FLOP/s of a rank; None when unknown.
         on_gpu: false on CPUs, where everything is float32 and attention runs segment by segment.
+        near, far: bytes/s that a rank receives in a collective from its node, and from other nodes.
     """
 
     name: str
@@ -84,26 +109,37 @@ class Hardware:
     memory: float
     peak: float | None
     on_gpu: bool = True
+    near: float = SLOW_LINKS[0]
+    far: float = SLOW_LINKS[1]
+
+    @property
+    def nodes(self) -> int:
+        """Machines of the launch."""
+        return self.world // self.per_node
 
 
 def parse_hardware(text: str) -> Hardware:
-    """The machine that `--as_if 8xh100-80g` means: a number of GPUs of one kind, in nodes of 8.
+    """The machine that `--as_if` means: `8xh100-80g`, GPUs of one kind in nodes of 8, or `2x4xh100-80g`, 2 nodes of 4.
 
     Raises:
         ValueError: naming the kinds that are known.
     """
-    count, _, kind = text.lower().partition("x")
-    if not count.isdigit() or kind not in KINDS:
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+)x([a-z].*)", text.lower())
+    if not found or found[3] not in KINDS:
         raise ValueError(
-            f"--as_if {text}: give a number of GPUs and their kind, as 8xh100-80g; kinds: {', '.join(KINDS)}"
+            f"--as_if {text}: give a number of GPUs and their kind, as 8xh100-80g, for several nodes 2x8xh100-80g; "
+            f"kinds: {', '.join(KINDS)}"
         )
-    world = int(count)
-    if world < 1 or (world > GPUS_PER_NODE and world % GPUS_PER_NODE):
+    count, (device, gib) = int(found[2]), KINDS[found[3]]
+    per_node = count if found[1] else min(count, GPUS_PER_NODE)
+    world = int(found[1] or 1) * count
+    if not 1 <= per_node <= GPUS_PER_NODE or not world or world % per_node:
         raise ValueError(f"--as_if {text}: give 1 to {GPUS_PER_NODE} GPUs, or whole nodes of {GPUS_PER_NODE}")
-    device, gib = KINDS[kind]
-    per_node = min(world, GPUS_PER_NODE)
     nodes = f", {world // per_node} nodes" if world > per_node else ""
-    return Hardware(f"{world} x {kind}{nodes}", world, per_node, gib * 2**30, peak_flops(device))
+    near, far = links(device)
+    return Hardware(
+        f"{world} x {found[3]}{nodes}", world, per_node, gib * 2**30, peak_flops(device), near=near, far=far
+    )
 
 
 def present_hardware() -> Hardware:
@@ -112,6 +148,9 @@ def present_hardware() -> Hardware:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return Hardware(f"{world} x {device.name}", world, per_node, device.total_memory, peak_flops(device.name))
+        # whole GB: cards of one kind differ by a few MB, and all ranks must plan alike
+        memory, (near, far) = device.total_memory // 10**9 * 1e9, links(device.name)
+        name = f"{world} x {device.name}"
+        return Hardware(name, world, per_node, memory, peak_flops(device.name), near=near, far=far)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
     return Hardware(f"{world} CPU process(es)", world, per_node, memory, None, on_gpu=False)

@@ -86,8 +86,8 @@ def hsdp_sizes() -> tuple[int, int] | None:
     return tuple(int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", "1")) for name in ("REPLICATE", "SHARD"))
 
 
-def checkpointing_policy(wanted: str) -> str:
-    """`none`, or `wanted` (the run's `activation_checkpointing`) where the launch file asks for checkpointing."""
+def checkpointing_policy(wanted: str | int) -> str | int:
+    """`none`, or `wanted` (the run's `activation_checkpointing`) where the launch file allows checkpointing."""
     return wanted if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true" else "none"
 
 

@@ -96,7 +96,7 @@ def _replicate_and_shard(accelerator: Accelerator, replicate: int, shard_size: i
 
 
 def shard(
-    accelerator: Accelerator, model: nn.Module, optimizer_of, checkpointing: str = "full", compiled: bool = False
+    accelerator: Accelerator, model: nn.Module, optimizer_of, checkpointing: str | int = "full", compiled: bool = False
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Shards the model by FSDP2 and builds its optimizer.
 
@@ -135,37 +135,44 @@ def shard(
     return accelerator.prepare(model, optimizer)
 
 
-def apply_checkpointing(model: nn.Module, policy: str = "full", offload: bool = False) -> None:
+def apply_checkpointing(model: nn.Module, policy: str | int = "full", offload: bool = False) -> None:
     """Makes every layer of tower and language model compute activations again in backward. Changes no bit of a result.
 
     Args:
         policy: `full` keeps a layer's input only; `selective` also the outputs of its matrix products and attention
-            (`KEPT`), so that next to nothing is computed twice; `none` leaves the model as it is.
+            (`KEPT`), so that next to nothing is computed twice; `none` leaves the model as it is; a number takes `full`
+            for so many of the language model's layers, from the first, and `selective` for all others.
         offload: move what is kept to host memory until backward.
 
     Raises:
-        ValueError: an unknown policy.
+        ValueError: an unknown policy, or a number that is not one of the layers'.
     """
-    if policy not in ("full", "selective", "none"):
-        raise ValueError(f"checkpointing: {policy!r} is none of full, selective, none")
+    tower, decoder = layer_stacks(model)
+    if policy not in ("full", "selective", "none") and not (type(policy) is int and 0 < policy < len(decoder)):
+        raise ValueError(
+            f"activation_checkpointing: {policy!r} is none of full, selective, none, 1 to {len(decoder) - 1} layers"
+        )
     if policy == "none":
         return
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if policy == "selective" else {}
-    for layers in layer_stacks(model):
-        kind = _recomputing(type(layers[0]), offload, **context)
-        for layer in layers:
-            layer.__class__ = kind
+    first = policy if isinstance(policy, int) else len(decoder) * (policy == "full")
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)}
+    for layers, full in ((tower, len(tower) * (policy == "full")), (decoder, first)):
+        # one class a stack, whatever its layers keep: Accelerate takes what is of the first one's class for a unit
+        kind = _recomputing(type(layers[0]), offload)
+        for number, layer in enumerate(layers):
+            layer.__class__, layer.recomputes = kind, {} if number < full else selective
 
 
-def _recomputing(layer_class: type[nn.Module], offload: bool, **context) -> type[nn.Module]:
+def _recomputing(layer_class: type[nn.Module], offload: bool) -> type[nn.Module]:
     # A class and no wrapping module: names stay, and FSDP2's hooks stay outside of what is computed again, where they
     # belong: inside they would keep torch.compile, which cannot trace them, from compiling a checkpointed layer at all.
     def forward(self, *args, **kwargs):
         with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
             again = super(kind, self).forward
-            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
+            how = {"use_reentrant": False, "preserve_rng_state": False, **self.recomputes}
+            return checkpoint(again, *args, **how, **kwargs)
 
-    kind = type(layer_class.__name__, (layer_class,), {"forward": forward, "recomputes": True})
+    kind = type(layer_class.__name__, (layer_class,), {"forward": forward})
     return kind
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from llava_next.model.forward.head import CHUNK
 from llava_next.model.forward.modeling import used_layers
-from llava_next.training.forecast.flops import Checkpointing, decoder_weights, tile_tokens
+from llava_next.training.forecast.flops import Checkpointing, by_stack, decoder_weights, tile_tokens
 from llava_next.training.recipe.optim import Rates
 
 
@@ -40,11 +40,11 @@ class LayerBytes(NamedTuple):
     full: float
     backward: float
 
-    def kept(self, policy: Checkpointing) -> float:
+    def kept(self, policy: str) -> float:
         """Bytes a token that stay from forward to backward."""
         return getattr(self, policy)
 
-    def at_work(self, policy: Checkpointing) -> float:
+    def at_work(self, policy: str) -> float:
         """Bytes a token besides while the layer goes backward: what is computed again, and gradients."""
         return self.none - self.kept(policy) + self.backward
 
@@ -86,9 +86,11 @@ def activations(
     text, vision = config.text_config, config.vision_config
     b, hidden, llm_trains = compute.nbytes, text.hidden_size, rates.llm is not None
     decoder = decoder_layer(text, llm_trains, compute)
+    policies, tower_policy = by_stack(policy, text.num_hidden_layers)
     width = decoder_weights(text)[2] // text.num_attention_heads
     # the norm before the head is in no layer; under fp32 its input is the last layer's output, else a copy
-    llm = tokens * (text.num_hidden_layers * decoder.kept(policy) + 4 * hidden + b * hidden * llm_trains)
+    llm = tokens * sum(count * decoder.kept(name) for name, count in policies.items())
+    llm += tokens * (4 * hidden + b * hidden * llm_trains)
     llm += tokens * 2 * b * width  # cosine and sine of the rotary embedding, one for all layers
     llm += targets * b * hidden * llm_trains
     patches, tile_length = tile_tokens(vision)
@@ -96,16 +98,18 @@ def activations(
         hidden + (hidden + vision.hidden_size) * (rates.projector is not None)
     )
     encoder = encoder_layer(vision, compute)
-    layers, length = used_layers(vision.num_hidden_layers, config.vision_feature_layer), tiles * tile_length
+    used, length = used_layers(vision.num_hidden_layers, config.vision_feature_layer), tiles * tile_length
     tower = work = 0.0
     if rates.vision is not None:  # else it runs without gradient
         pixels = vision.num_channels * vision.image_size**2 * tiles
         first_norm = length * vision.hidden_size * (vision.model_type == "clip_vision_model")
-        tower = length * layers * encoder.kept(policy) + b * (pixels + first_norm)
-        work = length * encoder.at_work(policy)
+        tower = length * used * encoder.kept(tower_policy) + b * (pixels + first_norm)
+        work = length * encoder.at_work(tower_policy)
     # bf16 logits, their fp32 copy and log-probabilities; in backward log-probabilities and two gradients: 12 at most
     head = 12.0 * min(targets, CHUNK) * text.vocab_size
-    return Activations(llm + images + tower, llm, tokens * decoder.at_work(policy), work, head)
+    # the last layer is the first to go backward, when all is kept yet
+    last = next(name for name in reversed(policies) if policies[name])
+    return Activations(llm + images + tower, llm, tokens * decoder.at_work(last), work, head)
 
 
 def decoder_layer(text: PretrainedConfig, trains: bool, compute: Compute) -> LayerBytes:

@@ -1,4 +1,4 @@
-"""Memory of a rank before the run: by part, for every checkpointing policy, and which policy that makes the best.
+"""Memory of a rank before the run, by part.
 
 Everything follows from shapes (see `activations.py`) and from how FSDP2 moves weights: a layer's are gathered one layer
 ahead, its gradients are reduced in fp32 while the layer before is already at work. Held against measured peaks by
@@ -86,12 +86,16 @@ class Layout:
         compute: precision and attention of the forward.
         reshard: gathered weights are freed after a layer's forward.
         on_gpu: counts CUDA's and NCCL's own memory.
+        offload: weights, gradients and optimizer state wait in host memory.
+        replicate: copies of the model (HSDP: one a node).
     """
 
     shard: int
     compute: Compute
     reshard: bool = True
     on_gpu: bool = True
+    offload: bool = False
+    replicate: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,14 @@ class Estimate:
     workspace: float
 
     @property
+    def states(self) -> float:
+        """Weights, gradients and optimizer state: there whatever a micro-batch holds."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
     def total(self) -> float:
         """Bytes at the peak. The head's logits are gone by the time the first layer goes backward."""
-        states = self.weights + self.gradients + self.optimizer + self.gathered + self.workspace
-        return states + self.activations + max(self.logits, self.working)
+        return self.states + self.gathered + self.workspace + self.activations + max(self.logits, self.working)
 
 
 def estimate(
@@ -142,8 +150,8 @@ def estimate(
     b, shard = layout.compute.nbytes, layout.shard
     active = activations(config, rates, policy, tokens, tiles, tokens if targets is None else targets, layout.compute)
     whole, layer, head = counts.whole, counts.llm_layer, counts.head
-    weights = (4 * whole.trainable + b * whole.frozen) / shard
-    gradients = 4 * whole.trainable / shard
+    weights = 0.0 if layout.offload else (4 * whole.trainable + b * whole.frozen) / shard
+    gradients = 0.0 if layout.offload else 4 * whole.trainable / shard
     if layout.reshard:
         # the layer at work, and the next one on its way from the other ranks
         gathered = b * (head.parameters + counts.root.parameters + (1 + (shard > 1)) * layer.parameters)
@@ -169,46 +177,3 @@ def estimate(
         working=max(llm_work, vision_work),
         workspace=workspace,
     )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What was found: an estimate for each policy, the memory there is, the policy that is best and the reason."""
-
-    estimates: dict[Checkpointing, Estimate]
-    memory: float
-    picked: Checkpointing
-    reason: str
-
-    def fits(self, policy: Checkpointing) -> bool:
-        """Whether the estimate is within the memory."""
-        return self.estimates[policy].total <= self.memory
-
-
-def choose(
-    config: PretrainedConfig,
-    counts: Units,
-    rates: Rates,
-    layout: Layout,
-    tokens: int,
-    tiles: int,
-    memory: float,
-) -> Budget:
-    """Estimates every policy and picks the one that recomputes least among those that fit.
-
-    Args:
-        tokens, tiles: budgets of a micro-batch; memory: bytes of a rank; the others: see `estimate`.
-    """
-    estimates = {policy: estimate(config, counts, rates, policy, layout, tokens, tiles) for policy in POLICIES}
-    fitting = [policy for policy in POLICIES if estimates[policy].total <= memory]
-    if not fitting:
-        short = (estimates["full"].total - memory) / 1e9
-        reason = f"nothing fits, full is {short:.1f} GB too large; lower data.token_budget, or take more GPUs"
-        return Budget(estimates, memory, "full", reason)
-    picked = fitting[0]
-    if picked == POLICIES[0]:
-        return Budget(estimates, memory, picked, "all activations fit, so nothing need be computed twice")
-    tighter = POLICIES[POLICIES.index(picked) - 1]
-    excess = (estimates[tighter].total - memory) / 1e9
-    reason = f"the cheapest that fits; {tighter} would be {excess:.1f} GB too large"
-    return Budget(estimates, memory, picked, reason)

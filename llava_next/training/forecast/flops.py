@@ -21,10 +21,22 @@ from llava_next.data.plan.dealing import CostModel
 from llava_next.model.forward.modeling import used_layers
 from llava_next.training.recipe.optim import Rates
 
-Checkpointing = Literal["none", "selective", "full"]
+# a number: so many of the language model's layers, from the first, as `full`; its others and the tower as `selective`
+Checkpointing = Literal["none", "selective", "full"] | int
 
 # share of a layer's products that is computed again; selective keeps the outputs of all of them
 RECOMPUTED: dict[str, float] = {"none": 0.0, "selective": 0.0, "full": 1.0}
+
+
+def by_stack(policy: Checkpointing, layers: int) -> tuple[dict[str, int], str]:
+    """How many of the language model's layers follow which of the three policies, and which the tower's follow.
+
+    Args:
+        layers: of the language model.
+    """
+    if isinstance(policy, int):
+        return {"full": policy, "selective": layers - policy}, "selective"
+    return {policy: layers}, policy
 
 
 @dataclass(frozen=True)
@@ -99,17 +111,18 @@ def flops_model(config: PretrainedConfig, rates: Rates, checkpointing: Checkpoin
         checkpointing: which layers' activations are recomputed in backward. A tower that is frozen runs without
             gradient, so nothing of it is computed again.
     """
-    share = RECOMPUTED[checkpointing]
     text = config.text_config
     weights, last, width = decoder_weights(text)
     passes = 2 + (rates.llm is not None)
     layers = text.num_hidden_layers
+    decoder, tower = by_stack(checkpointing, layers)
+    share = sum(RECOMPUTED[policy] * count for policy, count in decoder.items()) / layers
     # scores and values: 2 products of 2 x width each, half under the mask; their gradients go to both inputs
     square = 2.0 * width * layers
     return FlopsModel(
         per_token=Work(2.0 * weights * layers * passes, 2.0 * (weights - last) * layers * share),
         per_square=Work(3 * square, square * share),
-        per_tile=_tile_work(config, rates, share),
+        per_tile=_tile_work(config, rates, RECOMPUTED[tower]),
         per_target=Work(2.0 * text.hidden_size * text.vocab_size * passes, 2.0 * text.hidden_size * text.vocab_size),
     )
 

@@ -53,8 +53,9 @@ class DataConfig:
         batch_size: samples of an optimizer step, over all ranks.
         epochs: passes over the mixture.
         max_length: tokens of a sample, image tokens included; longer ones are cut at the end.
-        token_budget: tokens of a micro-batch on one rank. Changes speed and memory, never the result.
-        tile_budget: tiles of a micro-batch on one rank.
+        token_budget: tokens of a micro-batch on one rank; `auto`: what takes the least time and fits. Changes speed
+            and memory, never the result.
+        tile_budget: tiles of a micro-batch on one rank, or `auto`.
         shuffle_shards: shards per shuffle window; null shuffles the whole data set.
         allow_changed_plan: resume although sources, seed or batch size changed, with the samples not yet seen.
         num_workers: loader processes per rank; 0 loads in the training process.
@@ -78,8 +79,8 @@ class DataConfig:
     batch_size: int = 128
     epochs: int = 1
     max_length: int = 4096
-    token_budget: int = 8192
-    tile_budget: int = 24
+    token_budget: Literal["auto"] | int = "auto"
+    tile_budget: Literal["auto"] | int = "auto"
     shuffle_shards: int | None = None
     allow_changed_plan: bool = False
     num_workers: int = 4
@@ -166,9 +167,11 @@ class RunConfig:
         data, optim, checkpoint, profile: see there.
         attn_implementation: segment attention's kernel: torch's varlen (CUDA), flash-attn, one SDPA call a segment, or
             the best that runs here.
-        activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps its
-            input for backward (`full`), or the outputs of its matrix products and attention as well (`selective`: more
-            memory, next to nothing computed twice). With `false` there every layer keeps everything.
+        activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps
+            everything for backward (`none`), the outputs of its matrix products and attention (`selective`: less
+            memory, next to nothing computed twice), or its input (`full`); a number: so many of the language model's
+            layers their input, the others `selective`; `auto`: what takes the least time and fits. With `false` there
+            every layer keeps everything.
         compile_layers: torch.compile for each layer of tower and language model, for sequences of any length. The first
             steps wait for it. Names in checkpoints and results are the same, so a run may go on with or without it.
         float8: matrix products of the language model's layers in float8, rounded by one scale a tensor; extra `float8`,
@@ -188,7 +191,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     attn_implementation: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
-    activation_checkpointing: Literal["full", "selective"] = "full"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] | int = "auto"
     compile_layers: bool = False
     float8: bool = False
     seed: int = 42
@@ -207,11 +210,13 @@ class Options:
         dry_run: print the plan and stop.
         as_if: the machine that the plan is made for; None: the one at hand.
         take_over: take the run folder from another run that holds it, which ends.
+        command: the script with what it was given, but for these.
     """
 
     dry_run: bool = False
     as_if: Hardware | None = None
     take_over: bool = False
+    command: tuple[str, ...] = ()
 
 
 def run_parser(default_recipe: Path | None = None, with_recipe: bool = True) -> ArgumentParser:
@@ -256,13 +261,26 @@ def parse_run(args: list[str] | None = None, default_recipe: Path | None = None)
     dry_run, as_if, take_over = (values.pop(name) for name in ("dry_run", "as_if", "take_over"))
     if as_if and not dry_run:
         raise ValueError(f"--as_if {as_if}: plans for another machine; add --dry_run")
-    options = Options(dry_run, parse_hardware(as_if) if as_if else None, take_over)
+    script = f"scripts/{default_recipe.stem if default_recipe else 'finetune'}.py"
+    command = (script, *_without_options(args))
+    options = Options(dry_run, parse_hardware(as_if) if as_if else None, take_over, command)
     config = RunConfig(**values)
     _resolve_paths(config)
     config.data.sources = _sources(config.data.sources)
     config.data.validation = _sources(config.data.validation)
     check_run(config)
     return config, options
+
+
+def _without_options(args: list[str]) -> list[str]:
+    """A command line's words without those of `Options`."""
+    kept, words = [], iter(args)
+    for word in words:
+        if word == "--as_if":
+            next(words, None)
+        elif word not in ("--dry_run", "--take_over") and not word.startswith("--as_if="):
+            kept.append(word)
+    return kept
 
 
 def _resolve_paths(config: RunConfig) -> None:
@@ -304,11 +322,13 @@ def check_run(config: RunConfig) -> None:
     require(bool(config.run_dir), "run_dir", "missing; give the folder for config, metrics, checkpoints and result")
     require(bool(data.sources), "data.sources", "missing; give one or more data set folders")
     for key in ("batch_size", "epochs", "max_length", "token_budget", "tile_budget"):
-        require(getattr(data, key) > 0, f"data.{key}", f"must be positive, not {getattr(data, key)}")
+        value = getattr(data, key)
+        require(value == "auto" or value > 0, f"data.{key}", f"must be positive, not {value}")
     require(
-        data.token_budget >= data.max_length,
+        data.token_budget == "auto" or data.token_budget >= data.max_length,
         "data.token_budget",
-        f"{data.token_budget} is smaller than data.max_length {data.max_length}: a sample would not fit a micro-batch",
+        f"{data.token_budget} is smaller than data.max_length {data.max_length}: a sample would not fit a micro-batch; "
+        "give auto, at least as many, or lower data.max_length",
     )
     for key in ("num_workers", "validation_every"):
         require(getattr(data, key) >= 0, f"data.{key}", f"must be 0 or more, not {getattr(data, key)}")

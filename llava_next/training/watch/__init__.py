@@ -7,7 +7,8 @@ timing.py: seconds of the parts of a step
 health.py: skipped updates, heartbeats, garbage collection
 profile.py: traces of chosen steps
 stopping.py: why a run is to stop before its end
+memory.py: memory that was not enough, said and remembered
 launcher.py: one message at the end, through the launcher too
 
-May import: data.loading, data.plan, data.storage, training.forecast, training.recipe.
+May import: data.loading, data.plan, data.storage, training.devices, training.forecast, training.recipe.
 """

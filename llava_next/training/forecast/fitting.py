@@ -1,0 +1,53 @@
+"""What would fit where a plan does not: other budgets, or less of what is there whatever a micro-batch holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from llava_next.training.devices.hardware import GPUS_PER_NODE
+from llava_next.training.forecast.budget import Units
+from llava_next.training.forecast.picking import Picking, Wanted
+from llava_next.training.recipe.optim import Rates
+
+FREEZABLE = ("vision", "llm")
+
+
+def ways_to_fit(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[str]:
+    """Ways that fit by arithmetic, each with its bytes of a rank; empty when none does.
+
+    Args:
+        picking: what does not fit.
+        counts_of: the model's units under other rates.
+    """
+    memory = picking.hardware.memory
+    free = replace(picking, wanted=Wanted())
+    found = free.choose().picked
+    if found.fits:
+        return [f"{found.options} ({_gb(found.need)})"]
+    ways = []
+    for ranks in (n for n in (2, 4, GPUS_PER_NODE) if n > picking.layout.shard):
+        if (need := least(replace(picking, layout=replace(picking.layout, shard=ranks)))) <= memory:
+            ways.append(f"{ranks} such GPUs ({_gb(need)} each)")
+            break
+    for name in FREEZABLE:
+        rates = replace(picking.rates, **{name: None})
+        if getattr(picking.rates, name) is None or (rates.llm is None and rates.projector is None):
+            continue
+        if (need := least(replace(picking, rates=rates, counts=counts_of(rates)))) <= memory:
+            ways.append(f"--optim.rates.{name} null ({_gb(need)})")
+    if not picking.layout.offload:
+        states = picking.estimate("full", picking.steps.longest, picking.steps.most_tiles).states
+        if (need := least(replace(picking, layout=replace(picking.layout, offload=True)))) <= memory:
+            sizes = f"{_gb(need)}, and {_gb(states)} of host memory a rank; slow"
+            ways.append(f"fsdp_offload_params: true in the launch file ({sizes})")
+    return ways
+
+
+def least(picking: Picking) -> float:
+    """Bytes that must be there for micro-batches of one longest sample, everything computed twice."""
+    return picking.factor * picking.estimate("full", picking.steps.longest, max(picking.steps.most_tiles, 1)).total
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.1f} GB"
