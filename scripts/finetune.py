@@ -44,6 +44,7 @@ from llava_next.training.setup import (
     open_mixture,
     report_export,
 )
+from llava_next.training.stand_ins import plan_parts
 from llava_next.training.validate import Validation
 from llava_next.training.watch.health import record_communication
 from llava_next.training.watch.launcher import say_last, time_limit
@@ -71,9 +72,9 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
             check_built(config)
         elif os.environ.get("RANK", "0") != "0":
             return  # rank 0 plans
-        parts = load_parts(config)
+        parts = plan_parts(config) if options.dry_run else load_parts(config)
         mixture = open_mixture(config, parts)
-        resume = find_resume(config)
+        resume = find_resume(config) if config.run_dir else Resume(Path())
         if resume.path:
             resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
         plan = make_plan(config, parts, mixture, options.as_if)

@@ -1,6 +1,7 @@
 """The run. The files here tell its story; each room under it has one job and knows nothing of the story.
 
 setup.py: what the training scripts put together
+stand_ins.py: what a plan takes for a model that is not at hand
 planning.py: what is left to the machine, picked and kept
 banner.py: the plan of a run, printed before it starts
 loop.py: the training loop

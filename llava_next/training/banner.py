@@ -12,6 +12,7 @@ import numpy as np
 from llava_next.data.inputs.unbuilt import Unbuilt
 from llava_next.data.plan.dealing import CostModel
 from llava_next.data.plan.mixture import Mixture
+from llava_next.data.plan.profile import PREFIX, Profile
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.tokenise import DATA_TOKENS, data_tokens, listed
 from llava_next.training.devices.hardware import GPUS_PER_NODE, Hardware
@@ -93,11 +94,11 @@ def plan_banner(plan: Plan, parts: Parts, mixture: Mixture, command: tuple[str, 
     Args:
         command: the script with its options, for the command that a plan for another machine assumes.
     """
-    config, model, model_config = plan.config, empty_model(parts), parts.model_config
+    config, model = plan.config, empty_model(parts)
     freeze(model, config.optim.rates)
     dealt = deal_some(config, mixture, plan.hardware.world)
     lines = [
-        *model_lines(config, model_config, model),
+        *model_lines(config, parts, model),
         *data_lines(config, parts, mixture, dealt),
         *dealing_lines(config, dealt, plan.hardware),
         *memory_lines(plan),
@@ -106,16 +107,18 @@ def plan_banner(plan: Plan, parts: Parts, mixture: Mixture, command: tuple[str, 
         *speed_lines(config),
         *time_lines(plan, mixture, dealt),
         *size_lines(model),
-        f"run        {config.run_dir}",
-        *command_lines(plan, command),
+        *([f"run        {config.run_dir}"] if config.run_dir else []),
+        *command_lines(plan, command, bool(parts.stands_in)),
     ]
     return "\n".join(lines)
 
 
-def model_lines(config: RunConfig, model_config, model: LlavaNextForConditionalGeneration) -> list[str]:
+def model_lines(config: RunConfig, parts: Parts, model: LlavaNextForConditionalGeneration) -> list[str]:
     """The model and, by module, what is trained at which rate."""
+    model_config = parts.model_config
     kinds = f"{model_config.text_config.model_type} + {model_config.vision_config.model_type}"
     lines = [f"model      {config.model}: {kinds}, template {config.data.template}"]
+    lines += _wrapped(parts.stands_in) if parts.stands_in else []
     for module, trainable, total, rate in trainable_table(model, config.optim.rates):
         state = f"{trainable:>14,} of {total:>14,} parameters at {rate:g}" if trainable else ""
         lines.append(f"  {module:<9}{state or f'{0:>14} of {total:>14,} parameters, frozen'}")
@@ -134,6 +137,8 @@ def data_lines(config: RunConfig, parts: Parts, mixture: Mixture, dealt: Dealt) 
             lines.append(f"  build    {build_command(config, Path(storage.label))}")
         else:
             lines.append(f"data       {source.name}: {samples}, {size} from {storage.label}")
+        if isinstance(storage, Profile):
+            lines.append("  assumed  no data set was read: published counts, estimated sizes and lengths")
     steps = mixture.total_steps
     exact = "exact" if mixture.exact_lengths else "estimated from bytes"
     left = steps - mixture.first_step
@@ -222,7 +227,7 @@ def memory_lines(plan: Plan) -> list[str]:
         if row.seconds is not None:
             seconds = f"{row.seconds:>8.2f}" if plan.hardware.peak else f"{'-':>8}"
             timed = [f"{row.micro_batches:>7.1f}", f"{100 * row.filled:>5.0f} %", seconds]
-        verdict = "picked" if row == plan.picked else "" if row.fits else "too large"
+        verdict = ", ".join(["picked"] * (row == plan.picked) + ["too large"] * (not row.fits))
         sizes = f"{label(row.policy):<10}{row.tokens:>8,}{row.tiles:>6,}{timed[0]}{timed[1]}"
         lines.append(f"  {sizes}{figures}{timed[2]}  {verdict}".rstrip())
     lines.append("           total counts the larger of logits and work, which come one after the other")
@@ -284,14 +289,22 @@ def launch_words(hardware: Hardware) -> list[str]:
     return ["accelerate", "launch", "--config_file", *words]
 
 
-def command_lines(plan: Plan, command: tuple[str, ...]) -> list[str]:
-    """The command that the plan assumes, and where a launch file that ships would run something else."""
+def command_lines(plan: Plan, command: tuple[str, ...], without_model: bool = False) -> list[str]:
+    """The command that the plan assumes, and where a launch file that ships would run something else.
+
+    Args:
+        without_model: the plan is for an architecture, a run needs a folder.
+    """
     hardware = plan.hardware
     if plan.launched or not hardware.on_gpu or not command:
         return []
     words = [*launch_words(hardware), *command]
-    for key, value in (("--model", "MODEL"), ("--data.sources", "DATA"), ("--run_dir", "RUN")):
-        if not any(word == key or word.startswith(f"{key}=") for word in command):
+    assumed = any(source.path.startswith(PREFIX) for source in plan.config.data.sources)
+    needed = {"--model": "MODEL" if without_model else "", "--data.sources": "DATA" if assumed else ""}
+    for key, value in (needed | {"--run_dir": "" if plan.config.run_dir else "RUN"}).items():
+        if value and key in words:
+            words[words.index(key) + 1] = value
+        elif value:
             words += [key, value]
     text = " ".join(map(shlex.quote, words))
     lines = textwrap.wrap(text, COLUMNS - 2, initial_indent="command    ", subsequent_indent=" " * 15, **WHOLE_WORDS)

@@ -19,6 +19,7 @@ from llava_next.data.loading.encode import Encoder, check_vocabulary
 from llava_next.data.loading.feed import Feed
 from llava_next.data.loading.loader import LoaderOptions, build_loader
 from llava_next.data.plan.mixture import Mixture
+from llava_next.data.plan.profile import PREFIX, Profile
 from llava_next.data.storage.cache import Cache
 from llava_next.data.storage.client import Storage
 from llava_next.model.folders.check import check_folder
@@ -45,6 +46,7 @@ class Parts:
     """What a run needs beside weights: the model's config and how its samples are encoded.
 
     Args:
+        stands_in: what was taken for a model folder that is not there; empty when it is.
         made: of the files beside the result's weights, what cannot be copied from the start model, by name of the
             check that it failed (see `readiness.check_ready`).
     """
@@ -53,6 +55,7 @@ class Parts:
     anyres: AnyRes
     encoder: Encoder
     fingerprint: str
+    stands_in: str = ""
     made: list[str] = field(default_factory=list)
 
 
@@ -61,7 +64,8 @@ def read_model_config(model: str):
     folder = Path(model)
     if not (folder / "config.json").exists():
         raise ValueError(
-            f"model: {folder} has no config.json; make it with scripts/compose.py, or give stage 1's model/"
+            f"model: {folder} has no config.json; make it with scripts/compose.py, or give stage 1's model/ "
+            "(--dry_run plans with an architecture's name alone)"
         )
     model_config = AutoConfig.from_pretrained(folder)
     if model_config.model_type != "llava_next":
@@ -79,7 +83,6 @@ def load_parts(config: RunConfig) -> Parts:
     """
     folder = Path(config.model)
     model_config = read_model_config(config.model)
-    check_window(model_config.text_config, config.data.max_length)
     template = get_template(config.data.template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # asked in one way and trained in another: the loss would not show it
@@ -90,6 +93,13 @@ def load_parts(config: RunConfig) -> Parts:
             f"--template {template.name}, train with the template it was composed for, or set data.keep_template: true "
             "to train in this one and keep the folder's own in the result"
         )
+    return parts_of(config, model_config, tokenizer)
+
+
+def parts_of(config: RunConfig, model_config, tokenizer) -> Parts:
+    """What encodes the samples of a model in the run's template. Raises ValueError: they do not go together."""
+    check_window(model_config.text_config, config.data.max_length)
+    template = get_template(config.data.template)
     template.check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config.text_config.vocab_size)
     vision = model_config.vision_config
@@ -127,8 +137,10 @@ def check_built(config: RunConfig) -> None:
                 )
 
 
-def open_source(config: RunConfig, parts: Parts, path: str, cache: Cache | None) -> Storage | Unbuilt:
-    """A data set, or what would be built of a file of records. Raises ValueError."""
+def open_source(config: RunConfig, parts: Parts, path: str, cache: Cache | None) -> Storage | Unbuilt | Profile:
+    """A data set, what would be built of a file of records, or the profile that stands in. Raises ValueError."""
+    if path.startswith(PREFIX):
+        return Profile(path, parts.anyres)
     if (file := records_file(path)) is None:
         return Storage(path, cache=cache)
     maker = SampleMaker(image_root(config, file), parts.anyres, template=model_template(Path(config.model)))

@@ -29,7 +29,7 @@ CLIP = AnyRes(336, 14, ORIGINAL_336)
 SMALL = AnyRes(32, 16, DEMO_PINPOINTS)  # the quickstart's tiles: what is left is requests, text and bookkeeping
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")
 DISTINCT = 96  # pictures that are cut and encoded; further samples repeat their bytes under other keys
-MEAN_TOKENS, SIGMA = 270, 0.6  # of mix665K's largest source, see tests/data/mix665k_profile.json
+MEAN_TOKENS, SIGMA = 270, 0.6  # of mix665K's largest source, see llava_next/data/plan/mix665k.json
 BYTES_PER_TOKEN = 4.3
 
 

@@ -1,16 +1,16 @@
 """The published pairings at their true sizes, and samples with the lengths of mix665K."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 from transformers import LlavaNextConfig
 
 from llava_next.anyres import ORIGINAL_336, AnyRes
+from llava_next.data.plan.profile import FOLDER
 from llava_next.model.folders.dry import LLMS, architecture
 from llava_next.training.recipe.optim import Rates
 
-PROFILE = json.loads((Path(__file__).parents[1] / "data" / "mix665k_profile.json").read_text())
+PROFILE = json.loads((FOLDER / "mix665k.json").read_text())
 CLIP, SIGLIP = "openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384"
 VICUNA, LLAMA3, QWEN2, MISTRAL = LLMS
 STAGE_1 = Rates(llm=None, projector=1e-3, vision=None, newline=1e-3)

@@ -24,6 +24,7 @@ from llava_next.data.inputs.unbuilt import Unbuilt
 from llava_next.data.plan.dealing import CostModel, deal
 from llava_next.data.plan.legs import Leg, differences, place, rest_of_epoch, split
 from llava_next.data.plan.order import PLAN_FORMAT, Order, Source, num_steps, plan_hash
+from llava_next.data.plan.profile import PREFIX, Profile
 from llava_next.data.storage.client import Storage
 
 RESIDENT_SAMPLES = 4_000_000  # a larger data set's index (65 bytes a sample) is read window by window
@@ -56,7 +57,8 @@ class Mixture:
     """The data sets of a run as one plan.
 
     Args:
-        sources: (path, URL, `Storage` or, for a plan alone, `Unbuilt`; name or None; repeat) of each data set.
+        sources: (path, URL, `Storage` or, for a plan alone, `Unbuilt` or `Profile`; name or None; repeat) of each
+            data set.
         anyres: the model's geometry; tiles cut for another one are refused.
         batch_size: samples of a step; epochs: passes over the mixture; seed: of the order.
         max_length: tokens that are kept of a sample.
@@ -72,7 +74,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[tuple[str | os.PathLike | Storage | Unbuilt, str | None, float]],
+        sources: Sequence[tuple[str | os.PathLike | Storage | Unbuilt | Profile, str | None, float]],
         anyres: AnyRes,
         batch_size: int,
         epochs: int = 1,
@@ -86,9 +88,10 @@ class Mixture:
         self.anyres, self.batch_size, self.epochs, self.seed = anyres, batch_size, epochs, seed
         self.max_length, self.shuffle_shards, self.cost = max_length, shuffle_shards, cost
         self._fingerprint = fingerprint
-        self.storages = [path if isinstance(path, Storage | Unbuilt) else Storage(path) for path, _, _ in sources]
+        opened = (Storage, Unbuilt, Profile)
+        self.storages = [path if isinstance(path, opened) else Storage(path) for path, _, _ in sources]
         names = [
-            name or PurePosixPath(storage.label).name
+            name or PurePosixPath(storage.label.removeprefix(PREFIX)).name
             for (_, name, _), storage in zip(sources, self.storages, strict=True)
         ]
         if len(set(names)) < len(names):
@@ -114,9 +117,9 @@ class Mixture:
         self._begin([self._leg()])  # sets `total_steps`: each epoch ends with a step of what is left
 
     def _open(
-        self, storage: Storage | Unbuilt, name: str, resident_samples: int
+        self, storage: Storage | Unbuilt | Profile, name: str, resident_samples: int
     ) -> tuple[DatasetInfo, Index | LazyIndex]:
-        if isinstance(storage, Unbuilt):
+        if not isinstance(storage, Storage):
             return storage.info, storage.index
         info, digest = read_info(storage)
         check_geometry(info, self.anyres, name)

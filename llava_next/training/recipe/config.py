@@ -43,7 +43,8 @@ class DataConfig:
 
     Args:
         sources: data sets of the mixture: a path, or a list of paths and `Source`s. A dry run also takes files of
-            records (JSON, JSONL, YAML mixtures) that are not built yet.
+            records (JSON, JSONL, YAML mixtures) that are not built yet, and `profile:mix665k` or
+            `profile:pretrain558k`, whose assumed sizes stand in for data; the default there.
         image_root: folder that image paths of such files are relative to; null: the file's own.
         template: chat template of the training text; `plain` in stage 1.
         keep_template: allow a model folder whose saved chat template is not this one (a published llava-hf folder's
@@ -162,7 +163,8 @@ class RunConfig:
     """A training run.
 
     Args:
-        model: folder of the model to start from (see scripts/compose.py), or of stage 1's result.
+        model: folder of the model to start from (see scripts/compose.py), or of stage 1's result. A dry run also takes
+            an architecture (see `stand_ins.plan_parts`), as recipes name theirs.
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
         data, optim, checkpoint, profile: see there.
         attn_implementation: segment attention's kernel: torch's varlen (CUDA), flash-attn, one SDPA call a segment, or
@@ -268,7 +270,9 @@ def parse_run(args: list[str] | None = None, default_recipe: Path | None = None)
     _resolve_paths(config)
     config.data.sources = _sources(config.data.sources)
     config.data.validation = _sources(config.data.validation)
-    check_run(config)
+    if dry_run and not config.data.sources:
+        config.data.sources = [Source("profile:pretrain558k" if config.data.template == "plain" else "profile:mix665k")]
+    check_run(config, dry_run)
     return config, options
 
 
@@ -310,7 +314,7 @@ def save_run(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, dry_run: bool = False) -> None:
     """Raises ValueError naming the first key whose value cannot work."""
 
     def require(condition: bool, key: str, message: str) -> None:
@@ -319,7 +323,10 @@ def check_run(config: RunConfig) -> None:
 
     data, optim = config.data, config.optim
     require(bool(config.model), "model", "missing; give the folder made by scripts/compose.py or by stage 1")
-    require(bool(config.run_dir), "run_dir", "missing; give the folder for config, metrics, checkpoints and result")
+    if not dry_run:
+        require(bool(config.run_dir), "run_dir", "missing; give the folder for config, metrics, checkpoints and result")
+        assumed = [s.path for s in data.sources + data.validation if s.path.startswith("profile:")]
+        require(not assumed, "data.sources", f"{assumed} can be planned with (--dry_run), not trained on; give folders")
     require(bool(data.sources), "data.sources", "missing; give one or more data set folders")
     for key in ("batch_size", "epochs", "max_length", "token_budget", "tile_budget"):
         value = getattr(data, key)

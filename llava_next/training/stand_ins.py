@@ -1,0 +1,69 @@
+"""What a plan takes for a model that is not at hand: an architecture, and a tokenizer that only fills its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from llava_next.model.folders.compose import compose_config
+from llava_next.model.folders.dry import LLMS, TOWERS, architecture, corpus_texts, train_tokenizer
+from llava_next.paths import local_path
+from llava_next.templates import get_template
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.setup import Parts, load_parts, parts_of
+
+DEFAULT_TOWER = next(iter(TOWERS))
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def plan_parts(config: RunConfig) -> Parts:
+    """The parts of a run that is only planned: of its model folder, or of the architecture that `model` names.
+
+    `model` may be a hub name, a folder or a `config.json`, of a LLaVA-NeXT model or of a language model; a vision tower
+    follows behind a plus: `lmsys/vicuna-7b-v1.5+google/siglip-so400m-patch14-384`, CLIP-L/336 without.
+
+    Raises:
+        ValueError: none of that.
+    """
+    folder = local_path(config.model)
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        return load_parts(config)
+    template = get_template(config.data.template)
+    chat = get_template("vicuna_v1") if template.caption_only else template  # a folder is composed for a chat
+    tokenizer = train_tokenizer(corpus_texts([], chat.name), 512, chat.name)
+    chat.prepare_tokenizer(tokenizer)
+    name, _, tower = config.model.partition("+")
+    found = read_architecture(name)
+    if found.model_type != "llava_next":
+        found.vocab_size += 2  # rows for the image and the pad token, as a composed model has
+        found = compose_config(read_architecture(tower or DEFAULT_TOWER), found, tokenizer)
+    parts = parts_of(config, found, tokenizer)
+    parts.stands_in = "an architecture, no model folder: its vocabulary and special tokens are not looked at"
+    return parts
+
+
+def read_architecture(name: str) -> PretrainedConfig:
+    """The config of a known name, a folder, a `config.json` or a hub repository. Raises ValueError."""
+    if name in TOWERS | LLMS:
+        return architecture(name)
+    path = local_path(name)
+    folder = path.parent if path.is_file() else path if path.is_dir() else fetched(name)
+    if (folder / "config.json").exists():
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type == "llava_next":
+            return config
+    return architecture(str(folder))
+
+
+def fetched(name: str) -> Path:
+    """The folder of a hub repository's `config.json`. Raises ValueError."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:
+        raise ValueError(
+            f"model: {name} is no folder, no config.json and no architecture known without network ({', '.join(LLMS)}; "
+            f"behind a plus {', '.join(TOWERS)}), and could not be fetched from the hub: {str(error).splitlines()[0]}"
+        ) from error
