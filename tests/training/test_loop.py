@@ -20,14 +20,18 @@ from llava_next.data.loading.feed import Feed
 from llava_next.data.loading.loader import LoaderOptions, build_loader
 from llava_next.data.plan.mixture import Mixture
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.banner import plan_banner
 from llava_next.training.devices.agreement import RanksDisagree, agree_on_step, same_on_all_ranks
+from llava_next.training.planning import make_plan
+from llava_next.training.recipe.config import parse_run
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze, rate_multiplier, set_rates
-from llava_next.training.setup import load_parts
+from llava_next.training.setup import load_parts, open_mixture
 from llava_next.training.watch.health import NonFinite
 from llava_next.training.watch.journal import flat
 from llava_next.training.watch.timing import StepTimer
 from support.demo import build_demo
 from support.faults import FaultServer
+from support.launching import launch
 from support.runs import demo_arguments, read_lines, run_demo
 from support.tiny import pixel_batch
 
@@ -114,6 +118,34 @@ def test_fifty_steps_do_not_depend_on_ranks_or_token_budget(demo, tmp_path):
                 assert ours[name] == theirs[name], name
     assert runs[0][-1]["loss"] < runs[0][0]["loss"] - 0.5
     assert max(m["micro_batches"] for m in runs[0]) > 1 == max(m["micro_batches"] for m in runs[2])
+
+
+def test_run_out_of_memory_says_what_it_did_and_the_next_plan_takes_it_into_account(demo, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    options = [*demo_arguments(demo, run), "--data.batch_size", "8", "--data.token_budget", "300"]
+    worker = "tests/support/workers/out_of_memory.py"
+    done = launch(worker, 3, *options, processes=1, check=False)
+    (line,) = read_lines(run / "out-of-memory.jsonl")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = " ".join(done.stderr.split("error on rank 0: ")[1].split())
+    assert said.startswith("out of memory in the forward, micro-batch 1 of 2 of step 2") and line["step"] == 2
+    assert f" of step 2: {line['tokens']} tokens, {line['tiles']} tiles, samples {line['samples']}" in said
+    assert "Tried to allocate 2.00 GiB.)" in said and "page of advice" not in said
+    for word in ("Estimated ", "in use at most ", "Start again: ", "--data.token_budget 300 --data.tile_budget "):
+        assert word in said
+    assert len(line["samples"]) >= 1 and line["tokens"] <= 300
+    assert line["factor"] == pytest.approx(1.05 * max(1, line["peak"] / line["estimate"]))
+    for name in ("ACCELERATE_USE_FSDP", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config, _ = parse_run(options)
+    parts = load_parts(config)
+    mixture = open_mixture(config, parts)
+    plan = make_plan(config, parts, mixture)
+    assert plan.picking.factor == line["factor"] and plan.picked.need == line["factor"] * plan.picked.estimate.total
+    assert f"memory is counted {line['factor']:.2f} times the estimate, in place of 1.05" in " ".join(
+        plan_banner(plan, parts, mixture).split()
+    )
+    assert not (run / "model").exists()
 
 
 def test_update_of_a_step_that_is_not_finite_changes_no_bit(one_process):
