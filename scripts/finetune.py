@@ -77,6 +77,8 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         resume = find_resume(config) if config.run_dir else Resume(Path())
         if resume.path:
             resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
+        if not options.dry_run:
+            check_launch(lambda: empty_model(parts))
         plan = make_plan(config, parts, mixture, options.as_if)
         validation = Validation(plan.config, parts) if config.data.validation else None
         if not options.dry_run:
@@ -85,7 +87,6 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
             if validation:
                 check_cut(validation.config, validation.mixture, "data.validation")
                 check_systems(validation.config, validation.mixture)
-            check_launch(lambda: empty_model(parts))
             check_plan(plan)
             resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:
@@ -113,7 +114,7 @@ def train(
         start_worker_server(parts.encoder)  # loads its modules while the model loads
     accelerator = build_accelerator()
     same_on_all_ranks("configuration", yaml.safe_dump(asdict(given)))
-    same_on_all_ranks("plan for their memory (GPUs of one kind are needed)", json.dumps(asdict(plan.choice.picked)))
+    same_on_all_ranks("plans for their memory (a run needs GPUs of one kind)", plan.picked.options)
     same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))
     same_on_all_ranks("checkpoints", str(resume.state["step"]))
     hold_run(config, resume, options.take_over)  # one run at a time; nothing was written yet
@@ -123,7 +124,9 @@ def train(
     resume.prepare(run_dir, lambda: [keep() for keep in (*kept, partial(keep_companions, config, parts))])
     start_trackers(config, accelerator, accelerator.print)
 
-    model, optimizer = build_model(config, accelerator)
+    memory = MemoryWatch(run_dir, accelerator.process_index, accelerator.device, plan.picking, plan.picked)
+    with memory.computing("loading the model", resume.state["step"] + 1):
+        model, optimizer = build_model(config, accelerator)
     journal = open_journal(config, accelerator, parts, mixture, resume.state["step"])
     journal.changed(resume.notes)
     checkpoints = Checkpoints(
@@ -147,7 +150,7 @@ def train(
         resume.state,
         stop,
         validation=validation,
-        memory=MemoryWatch(run_dir, accelerator.process_index, accelerator.device, plan.picking, plan.picked),
+        memory=memory,
     )
     if not trainer.train():
         say_last(f"stopped after step {trainer.step}; to continue:\n{how_to_go_on}", 0, on_all_ranks=True)

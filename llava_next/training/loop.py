@@ -310,7 +310,8 @@ class Trainer:
     def _validate(self) -> bool:
         if self.validation is None:  # no longer wanted
             return True
-        losses = self.validation.loss(self.model, self.accelerator, lambda: self.stop.asked)
+        with self._computing("the held-out loss", self.step):
+            losses = self.validation.loss(self.model, self.accelerator, lambda: self.stop.asked)
         if losses is not None:
             self.journal.validated(self.step, losses)
         return losses is not None

@@ -92,6 +92,9 @@ def make_plan(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardware
 
     Args:
         as_if: a machine to plan for instead of the one at hand, with the launch file that ships for it.
+
+    Raises:
+        ValueError: a budget below the largest sample, or a number of layers that the model does not have.
     """
     hardware = as_if or present_hardware()
     launched = as_if is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -104,6 +107,7 @@ def make_plan(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardware
         config.optim.rates,
         *(layout, hardware, first_steps(mixture), wanted_by(config, launched), factor),
     )
+    check_wanted(picking)
     facts = facts_of(config, picking)
     kept, origin = read_choice(Path(config.run_dir), facts) if at_home else (None, "")
     choice = replace(picking, wanted=Wanted(*kept)).choose() if kept else picking.choose()
@@ -135,6 +139,19 @@ def check_plan(plan: Plan) -> None:
     """
     if plan.hardware.on_gpu and plan.picked.estimate.total > ACCURACY * plan.hardware.memory:
         raise ValueError(f"{CHECKPOINTING}, {TOKENS}, {TILES}: {plan.too_large}")
+
+
+def check_wanted(picking: Picking) -> None:
+    """Raises ValueError for what is given and cannot work with this model and data."""
+    policy, tiles, most = picking.wanted.policy, picking.wanted.tiles, picking.steps.most_tiles
+    layers = picking.config.text_config.num_hidden_layers
+    if isinstance(policy, int) and not 0 < policy < layers:
+        raise ValueError(f"{CHECKPOINTING}: {policy}: give 1 to {layers - 1} of the model's {layers} layers, or a word")
+    if tiles is not None and tiles < most:
+        raise ValueError(
+            f"{TILES}: {tiles} is smaller than the {most} tiles of the largest sample, which would not fit a "
+            "micro-batch; give auto, or at least as many"
+        )
 
 
 def decided(config: RunConfig, picked: Candidate) -> RunConfig:

@@ -364,6 +364,30 @@ def test_choice_is_kept_on_the_same_machine_and_made_anew_on_another(dry, tmp_pa
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        (["--data.token_budget", "4095"], r"data.token_budget: 4095 is smaller than data.max_length 4096"),
+        (["--data.tile_budget", "4"], r"data.tile_budget: 4 is smaller than the 5 tiles of the largest sample"),
+        (["--activation_checkpointing", "32"], r"activation_checkpointing: 32: give 1 to 31 of the model's 32 layers"),
+        (
+            ["--activation_checkpointing", "none", "--data.token_budget", "65536"],
+            r"activation_checkpointing none --data.token_budget 65536 .* takes (\d{3}) GB of 84.9 GB, (\d{3}) GB too "
+            r"much. What would fit: --activation_checkpointing \w+ --data.token_budget [\d]+ --data.tile_budget \d+ \(",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would(dry, tmp_path, monkeypatch, options, expected):
+    for name in NOT_LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(planning, "present_hardware", lambda: parse_hardware("8xh100-80g"))
+    given = ["--model", str(dry / "model"), "--data.sources", str(dry / "shards"), "--run_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=expected):
+        config, _ = parse_run([*given, *options], ROOT / "scripts" / "recipes" / "vicuna-7b" / "finetune.yaml")
+        parts = load_parts(config)
+        planning.check_plan(make_plan(config, parts, open_mixture(config, parts)))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
         (["--dry_run", "--as_if", "8xh1000"], "kinds: a100-40g, "),
         (["--dry_run", "--as_if", "12xh100-80g"], "whole nodes of 8"),
         (["--dry_run", "--as_if", "2x9xh100-80g"], "whole nodes of 8"),
