@@ -65,7 +65,7 @@ def main(jobs: list[list]) -> None:
     finish(accelerator)
 
 
-def one_step(accelerator, folder: str, out: str, frozen: list[str], checkpointing: str) -> None:
+def one_step(accelerator, folder: str, out: str, frozen: list[str], checkpointing: str | int) -> None:
     dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
