@@ -39,7 +39,7 @@ def picking_for(counts):
     def make(machine: str, **changes) -> Picking:
         hardware = parse_hardware(machine)
         layout = Layout(hardware.per_node, Compute(), replicate=hardware.nodes)
-        return Picking(CONFIG, counts, Rates(), layout, hardware, STEPS, **changes)
+        return replace(Picking(CONFIG, counts, Rates(), layout, hardware, STEPS), **changes)
 
     return make
 
@@ -80,6 +80,14 @@ def test_values_of_the_user_are_kept(picking_for):
 def test_measured_factor_takes_the_place_of_the_assumed_one(picking_for):
     assumed, measured = (picking_for("8xh100-80g", factor=factor).choose().picked for factor in (MARGIN, 1.4))
     assert measured.need == 1.4 * measured.estimate.total <= measured.memory < 1.4 * assumed.estimate.total
+
+
+def test_sample_of_many_pictures_is_counted_and_sets_no_budget(picking_for):
+    album = picking_for("8xh100-80g", steps=replace(STEPS, most_tiles=60))
+    picked = album.choose().picked
+    assert picked.tiles < 60 and picked.fits and picked.tokens > STEPS.longest
+    alone = estimate(CONFIG, album.counts, Rates(), picked.policy, album.layout, STEPS.longest, 60)
+    assert MARGIN * alone.total <= picked.memory
 
 
 def test_layers_of_two_kinds_lie_between_both_in_memory_and_work(picking_for):

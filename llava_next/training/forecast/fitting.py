@@ -46,7 +46,7 @@ def ways_to_fit(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[s
 
 def least(picking: Picking) -> float:
     """Bytes that must be there for micro-batches of one longest sample, everything computed twice."""
-    return picking.factor * picking.estimate("full", picking.steps.longest, max(picking.steps.most_tiles, 1)).total
+    return picking.factor * picking.estimate("full", picking.steps.longest, picking.steps.most_tiles).total
 
 
 def _gb(value: float) -> str:

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PretrainedConfig
 
-from llava_next.data.plan.dealing import deal
+from llava_next.data.plan.dealing import CostModel, deal
 from llava_next.data.plan.mixture import Mixture
 from llava_next.training.devices.hardware import Hardware
 from llava_next.training.forecast.budget import POLICIES, Estimate, Layout, Units, estimate
@@ -61,11 +61,24 @@ class Steps:
     sizes: list[tuple[np.ndarray, np.ndarray]]
     longest: int
     most_tiles: int
+    _dealt: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def density(self) -> float:
         """Tiles for each token."""
         return sum(int(tiles.sum()) for _, tiles in self.sizes) / sum(int(lengths.sum()) for lengths, _ in self.sizes)
+
+    def dealt(self, world: int, tokens: int, tiles: int, cost: CostModel) -> list[tuple[np.ndarray, ...]]:
+        """By step: tokens, squared lengths and tiles of every micro-batch on every rank, [micro-batches, ranks]."""
+        key = (world, tokens, tiles, cost)
+        if key not in self._dealt:
+            found = []
+            for lengths, counts in self.sizes:
+                bins = deal(lengths, counts, world, tokens, tiles, cost)
+                values = (lengths, lengths.astype(float) ** 2, counts)
+                found.append(tuple(np.array([[v[m].sum() for m in ranks] for ranks in bins]) for v in values))
+            self._dealt[key] = found
+        return self._dealt[key]
 
 
 def first_steps(mixture: Mixture) -> Steps:
@@ -136,7 +149,6 @@ class Picking:
     steps: Steps
     wanted: Wanted = field(default_factory=Wanted)
     factor: float = MARGIN
-    _dealt: dict = field(default_factory=dict, repr=False)
 
     def choose(self) -> Choice:
         """The candidate with the least time that fits; where none does, the one that is too large by least."""
@@ -169,7 +181,7 @@ class Picking:
         need, memory = self.factor * found.total, self.hardware.memory
         if not self.hardware.on_gpu:
             return Candidate(policy, tokens, tiles, found, need, memory)
-        bins = self._deal(tokens, tiles)
+        bins = self.steps.dealt(self.hardware.world, tokens, tiles, cost_model(self.config, self.rates))
         flops = [micro_batch_flops(self.config, self.rates, policy, *sums) for sums in bins]
         seconds, computed, moved = step_seconds(flops, self.counts.whole, self.layout, self.hardware)
         micros = sum(len(sums[0]) for sums in bins)
@@ -179,8 +191,15 @@ class Picking:
         )
 
     def estimate(self, policy: Checkpointing, tokens: int, tiles: int) -> Estimate:
-        """Memory of a rank, without the margin."""
-        return estimate(self.config, self.counts, self.rates, policy, self.layout, tokens, tiles)
+        """Memory of a rank, without the margin: for full budgets, or for the sample with most tiles where that is more.
+
+        A sample beyond a budget is a micro-batch of its own.
+        """
+        shape = (self.config, self.counts, self.rates, policy, self.layout)
+        found, steps = estimate(*shape, tokens, tiles), self.steps
+        if tiles >= steps.most_tiles:
+            return found
+        return max(found, estimate(*shape, steps.longest, steps.most_tiles), key=lambda e: e.total)
 
     def fits(self, policy: Checkpointing, tokens: int, tiles: int) -> bool:
         """Whether memory holds it with the margin."""
@@ -197,7 +216,7 @@ class Picking:
 
             def tiles_of(tokens: int, share: float = share) -> int:
                 tiles = math.ceil(tokens * self.steps.density * share)
-                return wanted.tiles or max(tiles, self.steps.most_tiles, 1)
+                return wanted.tiles or max(tiles, 1)
 
             tokens = wanted.tokens or least
             if not wanted.tokens:  # the largest of an ordered range that fits
@@ -215,17 +234,6 @@ class Picking:
     def _enough(self) -> int:
         """Tokens of a micro-batch from which on a step needs only one."""
         return self.steps.longest + max(int(lengths.sum() / self.hardware.world) for lengths, _ in self.steps.sizes)
-
-    def _deal(self, tokens: int, tiles: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """By step: tokens, squared lengths and tiles of every micro-batch on every rank, [micro-batches, ranks]."""
-        if (tokens, tiles) not in self._dealt:
-            cost, found = cost_model(self.config, self.rates), []
-            for lengths, counts in self.steps.sizes:
-                bins = deal(lengths, counts, self.hardware.world, tokens, tiles, cost)
-                values = (lengths, lengths.astype(float) ** 2, counts)
-                found.append(tuple(np.array([[v[m].sum() for m in ranks] for ranks in bins]) for v in values))
-            self._dealt[tokens, tiles] = found
-        return self._dealt[tokens, tiles]
 
 
 def _rank(found: Candidate) -> tuple:
