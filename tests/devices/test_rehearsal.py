@@ -1,0 +1,157 @@
+"""The GPU's step on a machine without one: fake tensors of another device than the CPU, in bf16, by the GPU's kernels.
+
+Nothing is computed: shapes, dtypes, devices and strides are followed, a value that the host would wait for cannot be
+had, and tensors of two devices do not mix.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava_next.model.folders.dry import LLMS, TOWERS
+from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices.launch import layer_stacks
+from llava_next.training.devices.parallel import apply_checkpointing
+from llava_next.training.recipe.optim import Rates, freeze
+from support.published import CLIP, LLAMA3, STAGE_1
+from support.tiny import geometry, pack_tiny, pairing_config, random_samples
+
+DEVICE = torch.device("meta")  # fake CUDA tensors abort the CPU build in backward
+POLICIES = ("none", "selective", "full", 1)
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Checks every operation: it makes nothing on the CPU, and attention is called with what its kernel takes."""
+
+    attention = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.device == DEVICE, f"{function} makes {tuple(tensor.shape)} on {tensor.device}"
+        if function.name() == "torch_attn::_varlen_attn":
+            self.attention += 1
+            check_attention(*args[:4])
+        return made
+
+
+def check_attention(query, key, value, cu_seqlens) -> None:
+    """What torch's variable-length kernel takes on CUDA; `[T, heads, head_dim]` each."""
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous(), f"borders are {cu_seqlens.dtype}"
+    for tensor in (query, key, value):
+        assert tensor.dtype == torch.bfloat16 and tensor.stride(-1) == 1, f"{tensor.dtype}, {tensor.stride()}"
+        assert tensor.ndim == 3 and tensor.shape[-1] <= 256
+    assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape
+
+
+def model_of(config, rates: Rates, policy) -> LlavaNextForConditionalGeneration:
+    """A model whose weights are fake, in bf16 as FSDP2 gathers them. Called under a FakeTensorMode."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with DEVICE:
+            model = LlavaNextForConditionalGeneration(config).train()
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation(attention_names("varlen"))
+    freeze(model, rates)
+    apply_checkpointing(model, policy)
+    return model
+
+
+def batches_of(config) -> list:
+    """Pictures and text, text alone, nothing."""
+    anyres = geometry(config)
+    mixed, text = ([e for e, _ in random_samples(3, 3, images=n, anyres=anyres)] for n in ((1, 2), (0,)))
+    weights = torch.full((3,), 0.1)
+    return [pack_tiny(samples, anyres).weighted(weights) for samples in (mixed, text, [])]
+
+
+def on_device(mode: FakeTensorMode, batch) -> dict:
+    """The model's inputs as fake tensors on the device."""
+    inputs = batch.model_inputs(torch.device("cpu"))
+    return {k: mode.from_tensor(v).to(DEVICE) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def rehearse(model, inputs: dict) -> tuple[list[str], set[str]]:
+    """Forward, backward and clipping. Returns the units in the order of their forwards, and what got a gradient."""
+    called, names = [], {module: name for name, module in model.named_modules()}
+    units = [*itertools.chain(*layer_stacks(model)), model.lm_head, model.get_input_embeddings()]
+    hooks = [u.register_forward_pre_hook(lambda module, args: called.append(names[module])) for u in units]
+    model.zero_grad()
+    with OnTheDevice() as watched:
+        loss = model(**inputs, num_sources=2).loss
+        assert loss.dtype == torch.float32 and loss.shape == ()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.isfinite(norm).to(torch.float32)
+    assert watched.attention >= model.config.text_config.num_hidden_layers
+    for hook in hooks:
+        hook.remove()
+    return called, {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+PAIRINGS = list(itertools.product(TOWERS, LLMS))
+
+
+@pytest.mark.parametrize("number", range(len(PAIRINGS)), ids=lambda n: " ".join(p.split("/")[1] for p in PAIRINGS[n]))
+def test_step_of_every_pairing_stays_on_the_device(number):
+    tower, llm = PAIRINGS[number]
+    config = pairing_config(tower, llm)
+    batch = batches_of(config)[0]
+    with FakeTensorMode() as mode:
+        model = model_of(config, Rates(), POLICIES[number % len(POLICIES)])
+        called, trained = rehearse(model, on_device(mode, batch))
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(called) >= {"lm_head", "model.language_model.layers.0", "model.language_model.layers.1"}
+
+
+@pytest.mark.parametrize("rates", [Rates(), STAGE_1], ids=["all", "stage_1"])
+def test_order_of_units_and_gradients_is_the_same_whatever_the_samples_are(rates):
+    """So that the collectives of a rank with pictures, of one with text and of an idle one match."""
+    config = pairing_config(CLIP, LLAMA3)
+    with FakeTensorMode() as mode:
+        model = model_of(config, rates, "selective")
+        found = [rehearse(model, on_device(mode, batch)) for batch in batches_of(config)]
+    assert found[0] == found[1] == found[2]
+
+
+def read_by_the_host(model, inputs):
+    model.lm_head.register_forward_pre_hook(lambda module, args: args[0].sum().item())
+    return inputs
+
+
+def index_left_on_the_cpu(model, inputs):
+    return inputs | {"feature_index": torch.zeros(inputs["feature_index"].shape, dtype=torch.int64)}
+
+
+def made_on_the_cpu(model, inputs):
+    model.lm_head.register_forward_pre_hook(lambda module, args: torch.zeros(3))
+    return inputs
+
+
+def wrong_dtype(model, inputs):
+    return inputs | {"cu_seqlens": inputs["cu_seqlens"].long()}
+
+
+@pytest.mark.parametrize(
+    ("plant", "error"),
+    [
+        (read_by_the_host, DataDependentOutputException),
+        (index_left_on_the_cpu, (FakeTensorDeviceMismatchError, AssertionError)),
+        (made_on_the_cpu, AssertionError),
+        (wrong_dtype, AssertionError),
+    ],
+)
+def test_planted_fault_fails_the_rehearsal(plant, error):
+    config = pairing_config(CLIP, LLAMA3)
+    with FakeTensorMode() as mode:
+        model = model_of(config, Rates(), "none")
+        inputs = plant(model, on_device(mode, batches_of(config)[0]))
+        with pytest.raises(error):
+            rehearse(model, inputs)
