@@ -134,7 +134,8 @@ def data_lines(config: RunConfig, parts: Parts, mixture: Mixture, dealt: Dealt) 
         if isinstance(storage, Unbuilt):
             lines.append(f"data       {source.name}: {samples}, not built yet, {size} if photos, from {storage.label}")
             lines += [f"  {line}" for line in storage.report()]
-            lines.append(f"  build    {build_command(config, Path(storage.label))}")
+            composed = replace(config, model="MODEL") if parts.stands_in else config
+            lines.append(f"  build    {build_command(composed, Path(storage.label))}")
         else:
             lines.append(f"data       {source.name}: {samples}, {size} from {storage.label}")
         if isinstance(storage, Profile):

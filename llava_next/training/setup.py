@@ -144,7 +144,9 @@ def open_source(config: RunConfig, parts: Parts, path: str, cache: Cache | None)
     if (file := records_file(path)) is None:
         return Storage(path, cache=cache)
     maker = SampleMaker(image_root(config, file), parts.anyres, template=model_template(Path(config.model)))
-    return measure(file, maker, (f"{config.model}:{config.data.template}",))
+    # an architecture has no tokenizer: lengths are estimated then
+    tokenizers = () if parts.stands_in else (f"{config.model}:{config.data.template}",)
+    return measure(file, maker, tokenizers)
 
 
 def open_mixture(config: RunConfig, parts: Parts) -> Mixture:

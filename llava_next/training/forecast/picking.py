@@ -237,7 +237,10 @@ class Picking:
 
 
 def _rank(found: Candidate) -> tuple:
-    """Smaller is better: what fits, by time; what does not, by its size. Rounded: machines may differ in a last bit."""
+    """Smaller is better: what fits, by time and work; what does not, by its size.
+
+    Rounded: processors may differ in a last bit.
+    """
     if not found.fits:
         return (True, round(found.need / 1e6))
-    return (False, round(found.seconds or 0.0, 4), round(found.need / 1e6))
+    return (False, round(found.seconds or 0.0, 4), round(found.computed, 4), round(found.need / 1e6))
