@@ -8,7 +8,11 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_next.model.folders.dry import LLMS, TOWERS
@@ -49,12 +53,12 @@ def check_attention(query, key, value, cu_seqlens) -> None:
     assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape
 
 
-def model_of(config, rates: Rates, policy) -> LlavaNextForConditionalGeneration:
+def model_of(config, rates: Rates, policy, device=DEVICE) -> LlavaNextForConditionalGeneration:
     """A model whose weights are fake, in bf16 as FSDP2 gathers them. Called under a FakeTensorMode."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with DEVICE:
+        with device:
             model = LlavaNextForConditionalGeneration(config).train()
     finally:
         torch.set_default_dtype(before)
@@ -72,18 +76,14 @@ def batches_of(config) -> list:
     return [pack_tiny(samples, anyres).weighted(weights) for samples in (mixed, text, [])]
 
 
-def on_device(mode: FakeTensorMode, batch) -> dict:
+def on_device(mode: FakeTensorMode, batch, device=DEVICE) -> dict:
     """The model's inputs as fake tensors on the device."""
     inputs = batch.model_inputs(torch.device("cpu"))
-    return {k: mode.from_tensor(v).to(DEVICE) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    return {k: mode.from_tensor(v).to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
-def rehearse(model, inputs: dict) -> tuple[list[str], set[str]]:
-    """Forward, backward and clipping. Returns the units in the order of their forwards, and what got a gradient."""
-    called, names = [], {module: name for name, module in model.named_modules()}
-    units = [*itertools.chain(*layer_stacks(model)), model.lm_head, model.get_input_embeddings()]
-    hooks = [u.register_forward_pre_hook(lambda module, args: called.append(names[module])) for u in units]
-    model.zero_grad()
+def rehearse(model, inputs: dict) -> set[str]:
+    """Forward, backward and clipping. Returns what got a gradient."""
     with OnTheDevice() as watched:
         loss = model(**inputs, num_sources=2).loss
         assert loss.dtype == torch.float32 and loss.shape == ()
@@ -91,9 +91,7 @@ def rehearse(model, inputs: dict) -> tuple[list[str], set[str]]:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         torch.isfinite(norm).to(torch.float32)
     assert watched.attention >= model.config.text_config.num_hidden_layers
-    for hook in hooks:
-        hook.remove()
-    return called, {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 PAIRINGS = list(itertools.product(TOWERS, LLMS))
@@ -106,19 +104,52 @@ def test_step_of_every_pairing_stays_on_the_device(number):
     batch = batches_of(config)[0]
     with FakeTensorMode() as mode:
         model = model_of(config, Rates(), POLICIES[number % len(POLICIES)])
-        called, trained = rehearse(model, on_device(mode, batch))
+        trained = rehearse(model, on_device(mode, batch))
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert set(called) >= {"lm_head", "model.language_model.layers.0", "model.language_model.layers.1"}
+
+
+class Collectives(TorchDispatchMode):
+    """Notes collectives in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "fsdp"):
+            self.called.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def rank_of_two():
+    """The mesh of a process group whose other rank is imagined."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("rates", [Rates(), STAGE_1], ids=["all", "stage_1"])
-def test_order_of_units_and_gradients_is_the_same_whatever_the_samples_are(rates):
-    """So that the collectives of a rank with pictures, of one with text and of an idle one match."""
-    config = pairing_config(CLIP, LLAMA3)
+def test_order_of_collectives_and_gradients_is_the_same_whatever_the_samples_are(rank_of_two, rates):
+    """A rank with pictures, one with text, an idle one. FSDP2 wants a device that is there: fake CPU tensors."""
+    config, device = pairing_config(CLIP, LLAMA3), torch.device("cpu")
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    found = []
     with FakeTensorMode() as mode:
-        model = model_of(config, rates, "selective")
-        found = [rehearse(model, on_device(mode, batch)) for batch in batches_of(config)]
+        model = model_of(config, rates, "selective", device)
+        for unit in (*itertools.chain(*layer_stacks(model)), model.get_input_embeddings(), model.lm_head, model):
+            fully_shard(unit, mesh=rank_of_two, mp_policy=precision)
+        for batch in batches_of(config):
+            with Collectives() as noted:
+                model(**on_device(mode, batch, device), num_sources=2).loss.backward()
+            found.append((noted.called, {name for name, p in model.named_parameters() if p.grad is not None}))
+            model.zero_grad()
     assert found[0] == found[1] == found[2]
+    called, trained = found[0]
+    # every layer, embedding, head and what is left, forward and, where something trains behind it, backward
+    assert called.count("c10d::_allgather_base_") > len(list(itertools.chain(*layer_stacks(model)))) + 3
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert ("c10d::_reduce_scatter_base_" in called) and called[-1] != "c10d::_allgather_base_"
 
 
 def read_by_the_host(model, inputs):
