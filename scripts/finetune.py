@@ -44,7 +44,6 @@ from llava_next.training.setup import (
     open_mixture,
     report_export,
 )
-from llava_next.training.stand_ins import plan_parts
 from llava_next.training.validate import Validation
 from llava_next.training.watch.health import record_communication
 from llava_next.training.watch.launcher import say_last, time_limit
@@ -64,6 +63,15 @@ def main(default_recipe: Path) -> None:
             fail(error)
 
 
+def read_parts(config: RunConfig, options: Options):
+    """The parts of the model folder, for a plan alone also of less."""
+    if not options.dry_run:
+        return load_parts(config)
+    from llava_next.training.stand_ins import plan_parts  # what composes models: no run waits for its import
+
+    return plan_parts(config)
+
+
 def run(default_recipe: Path, stop: StopRequest) -> None:
     """Everything a user can get wrong is an error before the model loads."""
     try:
@@ -72,7 +80,7 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
             check_built(config)
         elif os.environ.get("RANK", "0") != "0":
             return  # rank 0 plans
-        parts = plan_parts(config) if options.dry_run else load_parts(config)
+        parts = read_parts(config, options)
         mixture = open_mixture(config, parts)
         resume = find_resume(config) if config.run_dir else Resume(Path())
         if resume.path:

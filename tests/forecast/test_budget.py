@@ -328,7 +328,7 @@ def test_launch_file_is_in_charge_of_checkpointing(dry_run, monkeypatch):
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     out = dry_run("--activation_checkpointing", "3")
     row = next(line for line in out.splitlines() if line.startswith("  3 full "))
-    assert row.endswith("picked") and "given: activation_checkpointing" in out
+    assert "  picked" in row and "given: activation_checkpointing" in out
 
 
 def test_choice_is_kept_on_the_same_machine_and_made_anew_on_another(dry, tmp_path, monkeypatch):
