@@ -86,12 +86,12 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         if resume.path:
             resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
         if not options.dry_run:
+            check_cut(config, mixture)
+            check_systems(config, mixture)
             check_launch(lambda: empty_model(parts))
         plan = make_plan(config, parts, mixture, options.as_if)
         validation = Validation(plan.config, parts) if config.data.validation else None
         if not options.dry_run:
-            check_cut(config, mixture)
-            check_systems(config, mixture)
             if validation:
                 check_cut(validation.config, validation.mixture, "data.validation")
                 check_systems(validation.config, validation.mixture)
