@@ -88,6 +88,7 @@ def build_held(
     output.begin(plan)
     part, parts = options.part
     numbers = list(range(plan.num_shards))[part - 1 :: parts]
+    share = MAX_REJECTED_SHARE if options.max_rejected_share is None else options.max_rejected_share
     in_part = sum(min(plan.shard_samples, plan.samples - number * plan.shard_samples) for number in numbers)
     build_missing(
         output,
@@ -96,12 +97,12 @@ def build_held(
         Job(listing.reader, cutter, output.storage, output.folder, options.tokenizers),
         numbers,
         options.workers,
-        lambda rejected: check_share(rejected, in_part, options.max_rejected_share, output, numbers),
+        lambda rejected: check_share(rejected, in_part, share, output, numbers),
     )
     if parts > 1:
         print(f"part {part}/{parts} is built: {len(numbers)} shards. When all are, run with --merge --out only")
         return
-    info, rejected = finish(output, plan, options.max_rejected_share)
+    info, rejected = finish(output, plan, share, keep=False)
     summarise(info, options.out, rejected, time.monotonic() - started)
 
 
@@ -110,8 +111,9 @@ def merge(options: argparse.Namespace) -> None:
     started = time.monotonic()
     output = Output(options.out)
     plan = output.plan()
+    share = 1.0 if options.max_rejected_share is None else options.max_rejected_share  # each part kept to its own
     with output.hold(take_over=options.take_over):
-        info, rejected = finish(output, plan, options.max_rejected_share)
+        info, rejected = finish(output, plan, share, keep=True)
     summarise(info, options.out, rejected, time.monotonic() - started)
 
 
@@ -147,7 +149,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--shard_samples", type=int, default=SHARD_SAMPLES, help="samples a shard (default: %(default)s)")
     add("--seed", type=int, default=SEED, help="of the order in the shards (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="processes; 0: none (default: the number of CPUs)")
-    add("--max_rejected_share", type=float, default=MAX_REJECTED_SHARE, help="of the samples (default: %(default)s)")
+    add(
+        "--max_rejected_share",
+        type=float,
+        help=f"of the samples (default: {MAX_REJECTED_SHARE}; --merge: the parts' own)",
+    )
     add("--source", help="name for the source of all samples (default: what each names, else its first image folder)")
     add("--expect", type=local_path, help="JSON file of expected counts, checked before the build (data_tools/expect/)")
     add(

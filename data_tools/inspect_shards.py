@@ -22,6 +22,7 @@ from doctor import report_page, survey
 from doctor.examining import examine, summarise
 from doctor.step_listing import follow_run, list_step
 from llava_next.data.format.tar import one_line
+from llava_next.data.inputs.samples import model_template
 from llava_next.data.inputs.unbuilt import records_file
 from llava_next.data.storage.client import written_aside
 from llava_next.paths import local_path
@@ -36,20 +37,22 @@ def load_run(options: argparse.Namespace) -> tuple[RunConfig, Parts] | None:
     """The run that --config, --model and the overrides describe. Raises ValueError."""
     if options.config is None and options.model is None:
         return None
+    own = model_template(Path(options.model)) if options.config is None and not options.template else None
+    template = options.template or own
     is_first = Path(options.config or "").stem.startswith("pretrain") or options.template == "plain"
     stage = "pretrain" if is_first else "finetune"
     given = ["--run_dir", os.devnull]  # needed by a run, not here; a recipe's own comes after it
     for key, value in (
         ("config", options.config),
         ("model", options.model),
-        ("data.template", options.template),
+        ("data.template", template),
         ("data.sources", options.url),
         ("data.image_root", options.image_root),
     ):
         given += [f"--{key}", str(value)] if value is not None else []
     recipe = RECIPES / "vicuna-7b" / f"{stage}.yaml"
     if options.config is None:
-        recipe = fitting_recipe(options.template, read_model_config(options.model), stage)
+        recipe = fitting_recipe(template, read_model_config(options.model), stage)
         print(f"assumed: the recipe {recipe.relative_to(RECIPES.parents[1])}; --config names another")
     config, _ = parse_run([*given, *options.overrides], default_recipe=recipe)
     return with_default_budgets(config), load_parts(config)
@@ -114,7 +117,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         add("--verify", action="store_true", help="read everything"),
         add("--config", metavar="RECIPE.yaml", help="the run to inspect for: a recipe, or config.yaml of a run folder"),
         add("--model", metavar="DIR", help="LLaVA-NeXT model folder, where the recipe names none"),
-        add("--template", help="chat template, where the recipe names none"),
+        add("--template", help="chat template (default: the recipe's, or the model's own)"),
         add("--image_root", metavar="DIR", help="of a file of records: what image paths are relative to"),
         add("--samples", type=int, default=60, metavar="N", help="shown on the page (default: %(default)s)"),
         add("--ranks", type=int, default=8, metavar="N", help="GPUs to deal a step to (default: %(default)s)"),

@@ -67,10 +67,11 @@ def below(path: str | os.PathLike, root: str | os.PathLike) -> str | None:
     Decided by the texts: symbolic links inside of the root may lead anywhere, `..` may not. An absolute path may name
     the root as it was given or as it resolves.
     """
-    text = os.path.normpath(path)
+    text, given = os.path.normpath(path), os.path.abspath(root)
     if not os.path.isabs(text):
-        return None if text.split(os.sep)[0] == os.pardir else text
-    given = os.path.abspath(root)
+        if text.split(os.sep)[0] != os.pardir:
+            return text
+        text = os.path.normpath(os.path.join(given, text))  # out of the root, and perhaps into it again
     for base in (given, _resolved(given)):
         if text == base or text.startswith(base.rstrip(os.sep) + os.sep):
             return os.path.relpath(text, base)

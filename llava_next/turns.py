@@ -30,6 +30,8 @@ def read_turns(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
     turns = [(number, *_read_turn(number, turn)) for number, turn in enumerate(conversations, start=1)]
     if turns and turns[0][1] == SYSTEM:
         turns = turns[1:]
+        if turns and turns[0][1] == SYSTEM:
+            raise ValueError(f"turn {turns[0][0]} is a second system prompt: join the two, or leave one of them out")
     if turns and turns[0][1] != "human":
         turns = turns[1:]
     if not turns:

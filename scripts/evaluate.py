@@ -11,7 +11,6 @@ import json
 import math
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from llava_next.data.format.pictures import open_rgb
 from llava_next.data.format.records import has_system, read_record
 from llava_next.data.format.tar import BadSample
 from llava_next.data.inputs.listing import Listing
+from llava_next.data.inputs.samples import common_reasons, rejection
 from llava_next.data.storage.client import written_aside
 from llava_next.paths import drawing_path, folder_or_name, local_path
 from llava_next.tokenise import IMAGE_TOKEN
@@ -96,9 +96,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
-    questions, reasons = read_questions(listing, args.images, processor, args.limit)
-    for reason, count in Counter(reasons).most_common(REASONS_SHOWN):
-        print(f"left out: {count} x {reason}")
+    questions, left_out = read_questions(listing, args.images, processor, args.limit)
+    for line in common_reasons(left_out, REASONS_SHOWN):
+        print(f"left out: {line}")
     if not questions:
         sys.exit(f"error: none of {len(listing)} samples can be asked: there is no score")
     results = ask_all(model, processor, questions, args.batch_size, args.max_new_tokens)
@@ -106,26 +106,28 @@ def main() -> None:
     for r in results[: args.show]:
         mark = "ok   " if r["answer"] == r["right"] else "WRONG"
         print(f"{mark} {r['image']}  {r['question']}  model: {r['answer']!r}  right: {r['right']!r}")
-    about = f", {len(reasons)} samples left out" if reasons else ""
+    about = f", {len(left_out)} samples left out" if left_out else ""
     print(f"exact match: {correct}/{len(results)} = {100 * correct / len(results):.1f} %{about}  ({args.model})")
     if args.sheet:
         with written_aside(args.sheet) as temporary:
             draw_sheet(questions[:40], results).save(temporary, format=args.sheet.suffix[1:].upper())
         print(f"pictures with answers: {args.sheet}")
     if args.out:
-        report = {"exact": correct, "of": len(results), "left_out": len(reasons), "results": results}
+        report = {"exact": correct, "of": len(results), "left_out": left_out, "results": results}
         with written_aside(args.out) as temporary:
             temporary.write_text(json.dumps(report, indent=1))
 
 
-def read_questions(listing: Listing, images: Path | None, processor, limit: int) -> tuple[list[Question], list[str]]:
-    """The first questions, at most `limit` (0: all), and why samples were left out."""
-    questions, reasons = [], []
-    for address in listing.addresses:
+def read_questions(listing: Listing, images: Path | None, processor, limit: int) -> tuple[list[Question], list[dict]]:
+    """The first questions, at most `limit` (0: all), and the samples left out: `row`, `id`, `file` and `reason`."""
+    questions, left_out = [], []
+    for row, address in enumerate(listing.addresses):
         if limit and len(questions) == limit:
             break
+        record = {}
         try:
-            question = first_question(listing.reader.read(address), images)
+            record = listing.reader.read(address)
+            question = first_question(record, images)
             prompt = processor.apply_chat_template(question.messages(), add_generation_prompt=True)
             if prompt.count(IMAGE_TOKEN) != len(question.files):
                 raise BadSample(
@@ -133,8 +135,8 @@ def read_questions(listing: Listing, images: Path | None, processor, limit: int)
                 )
             questions.append(replace(question, prompt=prompt))
         except (BadSample, TemplateError) as error:
-            reasons.append(str(error))
-    return questions, reasons
+            left_out.append(rejection(row, record, str(error)))
+    return questions, left_out
 
 
 def first_question(record: dict, images: Path | None) -> Question:

@@ -63,6 +63,8 @@ def test_names_on_the_hub_stay_names(home):
         ("a/b", "a/b"),
         ("a/../b", "b"),
         ("../a", None),
+        ("../root/a", "a"),
+        ("../root-2/a", None),
         ("a/../../b", None),
         ("ROOT/a", "a"),
         ("ROOT/./a/", "a"),

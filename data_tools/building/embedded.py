@@ -40,7 +40,7 @@ def list_hub(name: str, split: str) -> Listing:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError("--hf needs the package datasets: pip install 'llava-next-trainer[data]'") from None
+        raise ValueError("--hf needs the package datasets: pip install -e '.[data]'") from None
     try:
         if Path(name).exists():
             found = Path(name).rglob("*.parquet") if Path(name).is_dir() else [Path(name)]

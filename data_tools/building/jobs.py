@@ -301,8 +301,8 @@ def build_missing(
             raise
 
 
-def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[DatasetInfo, list[dict]]:
-    """Makes the data set of the finished shards; gives it and the samples left out.
+def finish(output: Output, plan: Plan, max_rejected_share: float, keep: bool) -> tuple[DatasetInfo, list[dict]]:
+    """Makes the data set of the finished shards; gives it and the samples left out. Arguments as for `check_share`.
 
     Each shard's record is read once. What they say of missing shards and samples is known after the last one, when the
     index is a temporary file yet: an error leaves no data set.
@@ -327,7 +327,7 @@ def finish(output: Output, plan: Plan, max_rejected_share: float) -> tuple[Datas
                 f"{shard_name(next(iter(missing)))}. Run the missing parts (--part i/n), then --merge again."
             )
         report(output, rejected)
-        check_share(len(rejected), plan.samples, max_rejected_share, output, numbers)
+        check_share(len(rejected), plan.samples, max_rejected_share, output, numbers, keep)
         build.update({"rejected": len(rejected), **counts})  # dataset.json is written when the last part is
 
     info = write_dataset(output.storage, plan.anyres, plan.codec, parts(), build)
@@ -344,11 +344,14 @@ def report(output: Output, rejected: Iterable[dict]) -> None:
     output.storage.put(REPORT_FILE, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
 
 
-def check_share(rejected: int, samples: int, max_share: float, output: Output, numbers: Iterable[int]) -> None:
+def check_share(
+    rejected: int, samples: int, max_share: float, output: Output, numbers: Iterable[int], keep: bool = False
+) -> None:
     """Fails when too many samples were left out, or all.
 
-    The records of the shards that lack some are removed first: when the images are mended, the same command builds
-    those shards again.
+    Args:
+        keep: what was built stays as it is. Else the records of the shards that lack samples are removed: when the
+            images are mended, the same command builds those shards again.
 
     Raises:
         ValueError: with the most common reasons.
@@ -358,9 +361,10 @@ def check_share(rejected: int, samples: int, max_share: float, output: Output, n
     lacking = {number: record.rejected for number, record in output.finished(numbers) if record.rejected}
     entries = [entry for found in lacking.values() for entry in found]
     report(output, entries)
-    for number in lacking:
+    for number in () if keep else lacking:
         output.storage.delete(f"{STATE_FOLDER}/{number:06d}.parquet")
+    cure = "allow more, or mend them and build the parts in another --out" if keep else "mend them, or allow more"
     raise ValueError(
         f"{rejected} of {samples} samples rejected, more than --max_rejected_share {max_share} allows; no data set "
-        f"written. See {output.storage.address(REPORT_FILE)}; most often: " + "; ".join(common_reasons(entries))
+        f"written: {cure}. See {output.storage.address(REPORT_FILE)}; most often: " + "; ".join(common_reasons(entries))
     )

@@ -18,7 +18,7 @@ import numpy as np
 from building.shard_walk import Stream
 from llava_next.data.format.dataset import DatasetInfo
 from llava_next.data.format.index import Index
-from llava_next.data.format.records import drops_first_turn, has_system, has_text_image_token
+from llava_next.data.format.records import drops_first_turn, has_text_image_token, states_system
 from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
 from llava_next.data.format.writer import index_row
@@ -157,7 +157,7 @@ class Checker:
             pictures,
             _hash(text),
             drops_first_turn(sample.conversations),
-            has_system(sample.conversations),
+            states_system(sample.conversations),
             self._spells_special(sample.conversations),
         )
         return Checked(facts, sample, example)

@@ -72,7 +72,7 @@ def test_every_form_becomes_its_sample_or_is_refused_with_its_reason(built):
     for name, form in FORMS.items():
         assert not form.refused or re.search(form.refused, refused[name]), (name, refused[name])
     assert "1 samples begin with a turn that is not human" in stdout
-    assert "4 samples have a system prompt of their own" in stdout
+    assert "5 samples have a system prompt of their own" in stdout
     assert f"{len(refused)} samples rejected" in stdout and "\n  path leaves the image root (4): " in stdout
 
 

@@ -184,7 +184,7 @@ def test_built_and_raw_data_are_planned_together(folder, monkeypatch, capsys):
         ('[\n{"id": 1},\n{"id": "2', r"at byte 20 \(line 3\), after 1 whole samples: the file is cut off or damaged"),
         (
             '[{"image": "a.png", "caption": "A."}]',
-            "1 of 1 samples rejected; most often: no such image file .1.: .*a.png. ",
+            "1 of 1 samples rejected; most often: no such image file .1.: .*a.png .id 0.. ",
         ),
     ],
 )

@@ -87,6 +87,10 @@ FORMS = {
     "system_twice_the_same": Form(
         {"system": "Be brief.", "conversations": [SYSTEM, *turns("Hi")]}, [SYSTEM, *turns("Hi")]
     ),
+    "developer": Form(
+        {"messages": [{"role": "developer", "content": "Be brief."}, *chat("Hi")]},
+        [SYSTEM, *spelt(("user", "Hi"), ("assistant", "This."))],
+    ),
     "system_empty": Form({"system": "", "conversations": turns("Hi")}, turns("Hi")),
     "first_turn_of_gpt": Form(
         {"conversations": spelt(("gpt", "Hello."), ("human", "Hi"), ("gpt", "This."))},
@@ -142,6 +146,12 @@ FORMS = {
         {"conversations": turns("Hi"), "messages": chat("Ho")}, refused="conversations and messages hold different"
     ),
     "two_systems": Form({"system": "Be long.", "conversations": [SYSTEM, *turns("Hi")]}, refused="two system prompts"),
+    "second_system": Form(
+        {"conversations": [SYSTEM, {"from": "System", "value": "Be long."}, *turns("Hi")]}, refused="turn 2 is a second"
+    ),
+    "videos": Form({"video": "clips/1", "conversations": turns("<video>\nWhat?")}, refused="has a video"),
+    "unknown_key": Form({"image_list": ["red.png"], "messages": chat("What?")}, refused="image_list names a picture"),
+    "id_like_a_file": Form({"image_id": "red.png", "conversations": turns("Hi")}, turns("Hi")),
     "video": Form({"messages": chat([part("video", video="a.mp4"), ASK])}, refused="turn 1 has a part of type 'video'"),
     "picture_in_answer": Form(
         {"messages": [*chat("Hi")[:1], {"role": "assistant", "content": [part("image", path="red.png")]}]},
@@ -150,6 +160,10 @@ FORMS = {
     "one_part_too_many": Form(
         {"messages": chat([part("image"), part("image"), ASK]), "images": ["red.png"]},
         refused="show 2 picture.s., 2 of them without saying which, and there are 1 beside",
+    ),
+    "same_index": Form(
+        {"messages": chat([part("image", index=0), part("image", index=0), ASK]), "images": ["red.png", "blue.png"]},
+        refused=r"indexes \[0, 0\], and there are 2 pictures",
     ),
     "wrong_index": Form(
         {"messages": chat([part("image", index=1), ASK]), "images": ["red.png"]}, refused=r"indexes \[1\]"

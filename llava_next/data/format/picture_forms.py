@@ -20,6 +20,8 @@ PICTURE_KEYS = (
     ("picture", "pictures", "photo", "photos"),
     ("image_url", "image_urls", "image_bytes", "image_base64"),
 )
+VIDEO_KEYS = ("video", "videos")
+_MEDIA_FILE = re.compile(r"\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|avi|mov|mkv|webm)", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]{0,200}?(;base64)?,", re.IGNORECASE)
 _BARE_BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}\s*")  # JPEG, PNG, GIF, WebP
 _NAME_LENGTH = 200  # characters of a picture's name in reports
@@ -54,6 +56,18 @@ def pictures_of(record: dict) -> list[str | bytes | Picture]:
                 raise BadSample(f"{' and '.join(lists)} name different pictures: leave one of them out")
             return first
     return []
+
+
+def media_key(record: dict) -> str | None:
+    """Of a record without pictures under the known keys: another key that names one, or a video; None: no such key."""
+    known = {"id", "source", "data_source", *(key for group in PICTURE_KEYS for key in group)}
+    for key, value in record.items():
+        if key in known or str(key).lower().endswith("_id"):
+            continue
+        values = value if isinstance(value, list) else [value]
+        if all(isinstance(entry, str) and _MEDIA_FILE.fullmatch(entry) for entry in values) and values:
+            return key
+    return None
 
 
 def listed(value) -> list[str | bytes | Picture]:

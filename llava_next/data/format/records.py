@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_next.data.format.picture_forms import Picture, is_path, key_names, listed, opened, pictures_of
+from llava_next.data.format.picture_forms import (
+    VIDEO_KEYS,
+    Picture,
+    is_path,
+    key_names,
+    listed,
+    media_key,
+    opened,
+    pictures_of,
+)
 from llava_next.data.format.tar import BadSample
 from llava_next.paths import PathError, below, local_path
 from llava_next.tokenise import IMAGE_TOKEN
@@ -22,6 +31,7 @@ from llava_next.turns import HUMAN, SYSTEM
 TURN_KEYS = ("conversations", "conversation", "messages")
 TEXT_KEYS = (*TURN_KEYS, "prompt", "completion", "caption")
 SYSTEM_KEYS = ("system", "system_prompt")
+_SYSTEM_ROLES = (SYSTEM, "developer")  # in any case
 _PART_KEYS = ("image", "path", "image_url", "url", "bytes", "data")  # where a part of a message may hold its picture
 _PICTURE_PARTS = ("image", "image_url", "input_image")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -48,8 +58,11 @@ def read_record(record: dict, *, allow_text_image_token: bool = False) -> Record
         allow_text_image_token: take a record without pictures whose question has `<image>`, as characters.
 
     Raises:
-        BadSample: no text or several, parts or pictures that are none of the known forms; the record's keys are named.
+        BadSample: no text or several, parts or pictures that are none of the known forms, pictures under unknown keys,
+            a video; the record's keys are named.
     """
+    if any(record.get(key) for key in VIDEO_KEYS):
+        raise BadSample("the record has a video, which cannot be trained on: take it out, or give frames as pictures")
     turns, places_none = _turns(record)
     parts = [part for turn in turns for part in _picture_parts(turn)]
     pictures = _placed(parts, record)
@@ -61,7 +74,12 @@ def read_record(record: dict, *, allow_text_image_token: bool = False) -> Record
     if not pictures and not allow_text_image_token and has_text_image_token(stored):
         raise BadSample(
             f"a question has {IMAGE_TOKEN}, and the record has no picture: its keys are {key_names(record)}. Put the "
-            "picture under 'image' or 'images'; if the characters are meant, give --allow_text_image_token"
+            "picture under 'image' or 'images'; if the characters are meant, a build takes --allow_text_image_token"
+        )
+    if not pictures and (key := media_key(record)) is not None:
+        raise BadSample(
+            f"{key} names a picture, and that is no key for one: put it under 'image' or 'images', or take the key out "
+            "to train on the text alone"
         )
     name = record.get("id")
     return Record(None if name is None else str(name), stored, [opened(value) for value in pictures])
@@ -97,6 +115,11 @@ def has_system(conversations: list) -> bool:
     """Whether the stored turns begin with the sample's own system prompt."""
     first = conversations[0] if conversations else None
     return isinstance(first, dict) and first.get("from") == SYSTEM and isinstance(first.get("value"), str)
+
+
+def states_system(conversations: list) -> bool:
+    """Whether the sample's own system prompt says something: an empty one takes the training's away."""
+    return has_system(conversations) and bool(conversations[0]["value"].strip())
 
 
 def source_name(record: dict, root: Path | None = None) -> str:
@@ -197,6 +220,8 @@ def _stored_turn(number: int, turn, image: str):
     role, content = _first(turn, "from", "role"), _first(turn, "value", "content")
     if not isinstance(role, str):
         raise BadSample(f"turn {number} has no role: its keys are {key_names(turn)}; write 'from' (or 'role')")
+    if role.lower() in _SYSTEM_ROLES:
+        role = SYSTEM
     if isinstance(content, list):
         content = "".join(_part_text(number, role, part, image) for part in content)
     return {"from": role, "value": content}
@@ -265,15 +290,18 @@ def _placed(parts: list[dict], record: dict) -> list:
         return beside
     held = [_part_picture(part) for part in parts]
     missing = sum(picture is None for picture in held)
-    if len(beside) not in ((missing,) if missing else (0, len(parts))):
+    order = [part.get("index") for part, picture in zip(parts, held, strict=True) if picture is None]
+    if any(index is not None for index in order):
+        if not all(isinstance(index, int) for index in order) or sorted(order) != list(range(len(beside))):
+            raise BadSample(
+                f"image parts have the indexes {order}, and there are {len(beside)} pictures beside the messages: each "
+                f"must be shown once, counted from 0. The record's keys: {key_names(record)}"
+            )
+        beside = [beside[index] for index in order]
+    elif len(beside) not in ((missing,) if missing else (0, len(parts))):
         raise BadSample(
             f"the messages show {len(parts)} picture(s), {missing} of them without saying which, and there are "
             f"{len(beside)} beside them. The record's keys: {key_names(record)}"
         )
-    order = [part.get("index") for part, picture in zip(parts, held, strict=True) if picture is None]
-    if any(index is not None for index in order):
-        if not all(isinstance(index, int) for index in order) or sorted(order) != list(range(len(beside))):
-            raise BadSample(f"image parts have the indexes {order}, and there are {len(beside)} pictures")
-        beside = [beside[index] for index in order]
     rest = iter(beside)
     return [next(rest) if picture is None else picture for picture in held]

@@ -17,10 +17,10 @@ from llava_next.data.format.picture_forms import Picture, picture_file, picture_
 from llava_next.data.format.pictures import open_picture
 from llava_next.data.format.records import (
     drops_first_turn,
-    has_system,
     prepend_system,
     read_record,
     source_name,
+    states_system,
     without_system,
 )
 from llava_next.data.format.shards import RawSample, StripInfo
@@ -31,9 +31,10 @@ from llava_next.templates import TEMPLATES, get_template
 from llava_next.turns import place_images, read_system, read_turns
 
 SYSTEM_CHOICES = {"keep": lambda turns: turns, "drop": without_system, "prepend": prepend_system}
+IDS_SHOWN = 3  # of the samples left out for one reason
 # Of samples' conversations, kept in `dataset.json` under `build`: a first turn that training leaves out as the original
 # does, and a system prompt of the sample's own.
-TURN_COUNTS = {"first_turns_left_out": drops_first_turn, "system_prompts": has_system}
+TURN_COUNTS = {"first_turns_left_out": drops_first_turn, "system_prompts": states_system}
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,12 @@ def make_samples(
             keep(sample, {counter.fingerprint: counter.count(sample.conversations, images) for counter in counters})
             yield None
         except BadSample as error:
-            yield {"row": row, "id": record.get("id", row), "file": picture_names(record), "reason": str(error)}
+            yield rejection(row, record, str(error))
+
+
+def rejection(row: int, record: dict, reason: str) -> dict:
+    """A sample that was left out, as reports have it; `record` is empty when it could not be read."""
+    return {"row": row, "id": record.get("id", row), "file": picture_names(record), "reason": reason}
 
 
 def turn_counts(sample: RawSample) -> dict[str, int]:
@@ -150,8 +156,13 @@ def by_reason(rejected: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def common_reasons(rejected: Iterable[dict], most: int = 5) -> list[str]:
-    """The reasons that left out most samples, each with how often and, where it names one, an example."""
+    """The reasons that left out most samples, each with how often, an example, and the first ids."""
+
+    def ids(entries: list[dict]) -> str:
+        more = ", ..." if len(entries) > IDS_SHOWN else ""
+        return f" [id {', '.join(str(entry['id']) for entry in entries[:IDS_SHOWN])}{more}]"
+
     return [
-        f"{reason} ({len(entries)}){entries[0]['reason'][len(reason) :]}"
+        f"{reason} ({len(entries)}){entries[0]['reason'][len(reason) :]}{ids(entries)}"
         for reason, entries in by_reason(rejected)[:most]
     ]

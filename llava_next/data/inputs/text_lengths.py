@@ -45,7 +45,7 @@ class TextLength:
         try:
             ids, labels = self.template.encode(conversations, self.tokenizer, self.image_token_id, image_lengths)
         except ValueError as error:
-            raise BadSample(f"template {self.template.name}: {error}") from error
+            raise BadSample(str(error)) from error
         return Lengths(len(ids) - sum(image_lengths), int(np.argmax(labels != IGNORE_INDEX)))
 
 
