@@ -1,4 +1,5 @@
-"""Proves a model folder: weights, configuration, processor, tokenizer and chat template agree.
+"""Proves a model folder: weights, configuration, processor, tokenizer and chat template agree. Of an adapter folder it
+proves keys, shapes and pattern, and the base that it names.
 
     python scripts/check_export.py runs/finetune/model
 
@@ -10,19 +11,20 @@ import sys
 
 from transformers.utils import logging
 
+from llava_next.model.folders.adapters import CONFIG, check_adapter
 from llava_next.model.folders.check import check_folder
 from llava_next.paths import local_path
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=local_path, help="model folder")
+    parser.add_argument("folder", type=local_path, help="model or adapter folder")
     args = parser.parse_args(arguments)
     if not args.folder.is_dir():
         sys.exit(f"error: {args.folder} is no folder; give a model folder, such as RUN_DIR/model")
     logging.set_verbosity_error()
 
-    findings = check_folder(args.folder)
+    findings = check_adapter(args.folder) if (args.folder / CONFIG).exists() else check_folder(args.folder)
     for finding in findings:
         print(finding)
     failed = sum(not finding.ok for finding in findings)

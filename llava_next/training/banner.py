@@ -121,7 +121,13 @@ def model_lines(config: RunConfig, parts: Parts, model: LlavaNextForConditionalG
     lines += _wrapped(parts.stands_in) if parts.stands_in else []
     for module, trainable, total, rate in trainable_table(model, config.optim.rates):
         state = f"{trainable:>14,} of {total:>14,} parameters at {rate:g}" if trainable else ""
+        state += " by LoRA" if state and config.lora and module in config.lora.modules else ""
         lines.append(f"  {module:<9}{state or f'{0:>14} of {total:>14,} parameters, frozen'}")
+    if lora := config.lora:
+        kind = "DoRA" if lora.dora else "LoRA"
+        start = f", from {lora.start}" if lora.start else ""
+        figures = f"r {lora.r}, scale {lora.scale:g}, dropout {lora.dropout:g}"
+        lines.append(f"  {kind:<9}{figures}, in {', '.join(lora.targets)}{start}")
     return lines
 
 

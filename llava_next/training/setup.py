@@ -22,8 +22,10 @@ from llava_next.data.plan.mixture import Mixture
 from llava_next.data.plan.profile import PREFIX, Profile
 from llava_next.data.storage.cache import Cache
 from llava_next.data.storage.client import Storage
+from llava_next.model.folders.adapters import check_start, load_adapter
 from llava_next.model.folders.check import check_folder
 from llava_next.model.forward.attention import attention_names, check_window, choose_attention
+from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
 from llava_next.tokenise import fingerprint
@@ -47,6 +49,7 @@ class Parts:
 
     Args:
         stands_in: what was taken for a model folder that is not there; empty when it is.
+        lora: adapters that the model gets.
         made: of the files beside the result's weights, what cannot be copied from the start model, by name of the
             check that it failed (see `readiness.check_ready`).
     """
@@ -56,6 +59,7 @@ class Parts:
     encoder: Encoder
     fingerprint: str
     stands_in: str = ""
+    lora: Lora | None = None
     made: list[str] = field(default_factory=list)
 
 
@@ -93,7 +97,10 @@ def load_parts(config: RunConfig) -> Parts:
             f"--template {template.name}, train with the template it was composed for, or set data.keep_template: true "
             "to train in this one and keep the folder's own in the result"
         )
-    return parts_of(config, model_config, tokenizer)
+    parts = parts_of(config, model_config, tokenizer)
+    if config.lora and config.lora.start:
+        check_start(config.lora, folder, list(adapter_layers(empty_model(parts))))
+    return parts
 
 
 def parts_of(config: RunConfig, model_config, tokenizer) -> Parts:
@@ -107,7 +114,10 @@ def parts_of(config: RunConfig, model_config, tokenizer) -> Parts:
     pinpoints = [] if square else [tuple(p) for p in model_config.image_grid_pinpoints]
     anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints, square)
     encoder = Encoder(template, tokenizer, model_config.image_token_id, anyres, config.data.max_length)
-    return Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.name))
+    parts = Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.name), lora=config.lora)
+    if config.lora:
+        empty_model(parts)  # raises where a target finds no place
+    return parts
 
 
 def image_root(config: RunConfig, file: Path) -> Path:
@@ -218,7 +228,10 @@ def open_feed(config: RunConfig, parts: Parts, mixture: Mixture, rank: int, worl
 def empty_model(parts: Parts) -> LlavaNextForConditionalGeneration:
     """The model without memory: names, shapes and sizes only."""
     with torch.device("meta"):
-        return LlavaNextForConditionalGeneration(parts.model_config)
+        model = LlavaNextForConditionalGeneration(parts.model_config)
+    if parts.lora:
+        add_adapters(model, parts.lora, seed=0)
+    return model
 
 
 def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -242,6 +255,10 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
         attn_implementation=attention_names(kernel),
     )
     optim = config.optim
+    if config.lora:
+        add_adapters(model, config.lora, config.seed)
+        if config.lora.start:
+            load_adapter(model, Path(config.lora.start))
     freeze(model, optim.rates)
     if config.float8:
         converted = use_float8(model)

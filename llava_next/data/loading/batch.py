@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -57,7 +58,8 @@ class PackedBatch:
     On the device: `input_ids [T]`, `position_ids [T]` (restart per segment), `cu_seqlens int32 [G+1]`, `max_seqlen`
     (int), `tiles uint8 [N, S, S, 3]`, `feature_index [M]` into the rows [newline, tile 0 patch 0, ...],
     `image_positions [M]`, `target_positions [K]` (the position *before* the supervised token), `target_ids [K]`,
-    `target_weights float32 [K]`, `target_source [K]`. All others int64.
+    `target_weights float32 [K]`, `target_source [K]`; `token_keys int32 [T]` and `tile_keys int32 [N]`: random bits by
+    step, sample and place in it, for dropout. All others int64.
     On the host: `target_slot [K]` (place in the step of the sample that a target belongs to), `slots`,
     `sample_ids` and `supervised` (targets per sample) of the samples packed here, in order; what they hold in
     total; holes; where the batch stands: micro-batch `micro` of `num_micro` in step `step`; and `io`, what its worker
@@ -78,6 +80,8 @@ class PackedBatch:
     target_ids: torch.Tensor
     target_weights: torch.Tensor
     target_source: torch.Tensor
+    token_keys: torch.Tensor
+    tile_keys: torch.Tensor
     target_slot: torch.Tensor
     slots: list[int]
     sample_ids: list[int]
@@ -159,6 +163,8 @@ def pack(
         "feature_index": _concat(feature_index),
         "image_positions": _concat(image_positions),
         **targets,
+        "token_keys": _keys(step, [(e.slot, n) for e, n in zip(examples, lengths, strict=True)] or [(0, 1)], "token"),
+        "tile_keys": _keys(step, [(e.slot, len(e.tiles)) for e in examples if len(e.tiles)] or [(0, 1)], "tile"),
     }
     return PackedBatch(
         **{name: torch.from_numpy(array) for name, array in tensors.items()},
@@ -173,6 +179,16 @@ def pack(
         micro=micro,
         num_micro=num_micro,
     )
+
+
+def _keys(step: int, counts: Sequence[tuple[int, int]], kind: str) -> np.ndarray:
+    """int32: random bits of each token (or tile) of samples, given as (slot, how many); what else is packed is nothing
+    to them."""
+    starts = [np.uint32(zlib.crc32(f"{kind} {step} {slot}".encode())) for slot, _ in counts]
+    bits = np.concatenate([np.arange(n, dtype=np.uint32) + s for s, (_, n) in zip(starts, counts, strict=True)])
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # lowbias32 by C. Wellons
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return (bits ^ (bits >> np.uint32(16))).view(np.int32)
 
 
 def _check_features(example: Example, patches_per_tile: int) -> None:

@@ -7,6 +7,7 @@ companions.py: tokenizer, processor, chat template, generation config
 export.py: weights and config in the llava-hf layout
 check.py: a folder proven without loading its weights
 starting.py: a folder that training may start from
+adapters.py: adapter folders, and the base that one is for
 
 May import: the root's files, model.forward.
 """

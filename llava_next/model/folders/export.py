@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from llava_next.model.folders.companions import copy_companions
+from llava_next.model.forward.lora import ADAPTER, BASE, adapter_parameters, is_adapter, merged_weight, plain_name
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
@@ -115,11 +116,23 @@ def _os_error(error: SafetensorError, path: Path) -> Exception:
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of every parameter, gathered one at a time. A collective: all ranks must run it to the end.
 
-    Tied weights come once, under the name of the embedding.
+    Tied weights come once, under the name of the embedding. Adapters are merged: a matrix that has one comes float32.
     """
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_adapter(name):
+            continue
+        tensor = whole(parameter)
+        if BASE in name and name.endswith("weight"):
+            layer = model.get_submodule(name.partition(BASE)[0])
+            adapter = {kind: whole(part) for kind, part in adapter_parameters(layer).items()}
+            tensor = merged_weight(tensor, layer.scaling[ADAPTER], **adapter)
+        yield plain_name(name), tensor
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter without its gradient, gathered where it is sharded: a collective then."""
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def save_model(

@@ -7,6 +7,7 @@ refused with what to do.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
@@ -36,7 +37,7 @@ def check_weights(path: str | Path) -> None:
     folder = ModelFolder(Path(path))
     shapes, found = folder.shapes, {}
     for key, (file, shape, _) in folder.tensors.items():
-        found[key if key in shapes else _own_key(key)] = (key, file, shape)
+        found[key if key in shapes else own_key(key)] = (key, file, shape)
     if missing := sorted(shapes.keys() - found.keys()):
         raise ValueError(
             f"model: {path} lacks {len(missing)} of the {len(shapes)} weights that its config.json asks for, e.g. "
@@ -56,7 +57,20 @@ def check_weights(path: str | Path) -> None:
         )
 
 
-def _own_key(key: str) -> str:
+def model_fingerprint(folder: Path) -> str:
+    """Names a model folder by its config and its weight files: their sizes and samples of their bytes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(part * size // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def own_key(key: str) -> str:
     """The llava-hf key of a tensor under one of the names that transformers has saved it by."""
     if key.startswith("language_model."):  # as it is in the layout
         return key

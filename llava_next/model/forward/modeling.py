@@ -80,6 +80,8 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
         target_ids: torch.Tensor,
         target_weights: torch.Tensor,
         target_source: torch.Tensor,
+        token_keys: torch.Tensor | None = None,
+        tile_keys: torch.Tensor | None = None,
         num_sources: int = 1,
     ) -> PackedOutput:
         """Loss of a packed micro-batch of T tokens, N tiles, M image positions, K targets and G segments.
@@ -90,10 +92,13 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
             tiles: uint8 `[N, S, S, 3]`, N >= 1 (a batch without images carries one zero tile).
             feature_index: int64 `[M]` into the rows [newline, tile 0 patch 0, ...]; `image_positions` int64 `[M]`.
             target_positions, target_ids: int64 `[K]`, K >= 1; `target_weights` float32 `[K]`; `target_source` `[K]`.
+            token_keys, tile_keys: int32 `[T]` and `[N]`, for the dropout of adapters (see lora.py).
 
         Returns:
             `PackedOutput`; nothing in it has been read back from the device.
         """
+        if hasattr(self, "dropout_keys"):
+            self.dropout_keys.tokens, self.dropout_keys.tiles = token_keys, tile_keys
         embeds = self.model.language_model.embed_tokens(input_ids)
         features = self.image_features(tiles)
         # With no image position this is a gather and a copy of nothing: tower and projector stay in the graph with

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from llava_next.model.folders.adapters import save_adapter
 from llava_next.model.folders.export import save_model
 from llava_next.training.checkpoints.recovery import CheckpointError, complete_checkpoints
 from llava_next.training.checkpoints.saving import ADVICE
+from llava_next.training.recipe.config import RunConfig
 
 COMPANIONS = "companions"  # folder in the run folder: what goes beside the weights, made before the first step
 
@@ -33,11 +35,35 @@ def export_model(
     Raises:
         CheckpointError: on all ranks: it could not be written, or does not pass the check.
     """
+
+    def write(is_main_process: bool) -> None:
+        save_model(model, folder, companions, is_main_process=is_main_process)
+        if is_main_process:
+            check(folder)
+
+    _write_together(write, folder, checkpoints)
+
+
+def export_adapter(model: nn.Module, config: RunConfig, checkpoints: Path) -> None:
+    """Writes a run's `adapter/`, and `base/` where projector or newline trained in full. A collective.
+
+    Raises:
+        CheckpointError: as `export_model`.
+    """
+    run_dir = Path(config.run_dir)
+    folder, companions = run_dir / "adapter", run_dir / COMPANIONS
+
+    def write(is_main_process: bool) -> None:
+        save_adapter(model, folder, config.lora, Path(config.model), companions, is_main_process)
+
+    _write_together(write, folder, checkpoints)
+
+
+def _write_together(write: Callable[[bool], None], folder: Path, checkpoints: Path) -> None:
+    """Calls `write` on all ranks, with whether it is the one that writes; an error of that one is an error on all."""
     answer = [""]
     try:
-        save_model(model, folder, companions, is_main_process=dist.get_rank() == 0)
-        if dist.get_rank() == 0:
-            check(folder)
+        write(dist.get_rank() == 0)
     except ValueError as error:
         answer = [str(error)]
     except OSError as error:

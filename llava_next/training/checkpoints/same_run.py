@@ -12,6 +12,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from llava_next.model.folders.starting import model_fingerprint
 from llava_next.tokenise import DATA_TOKENS
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import Rates
@@ -19,7 +20,7 @@ from llava_next.training.watch.metrics import flat
 
 # Where a run lies, how fast it goes, what it tells: none of it changes what is learned.
 RUN_KEYS = ("model", "run_dir", "max_steps", "log_every", "log_with", "log_required", "hang_seconds")
-RUN_KEYS += ("checkpoint", "profile", "activation_checkpointing")
+RUN_KEYS += ("checkpoint", "profile", "activation_checkpointing", "lora.start")
 DATA_KEYS = ("token_budget", "tile_budget", "num_workers", "reads_in_flight", "cache_dir", "cache_gb", "stall_seconds")
 DATA_KEYS += ("image_root", "max_skip_share", "allow_cut", "validation", "validation_every", "validation_steps")
 FREE = (*RUN_KEYS, *(f"data.{key}" for key in DATA_KEYS))
@@ -36,19 +37,6 @@ def run_facts(config: RunConfig) -> dict:
         "precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "config": asdict(config),
     }
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Names a model folder by its config and its weight files: their sizes and samples of their bytes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for part in range(16):
-                file.seek(part * size // 16)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -88,6 +76,7 @@ def check_same_run(config: RunConfig, state: dict, path: Path) -> list[str]:
             "is frozen is not in a checkpoint and would come from another model: give the folder as it was, or choose "
             "another run_dir"
         )
+    check_same_adapters(config, state, path)
     before = options_of(state["config"]) | {"launch file's mixed_precision": state["precision"]}
     now = options_of(facts["config"]) | {"launch file's mixed_precision": facts["precision"]}
     notes = [
@@ -98,6 +87,23 @@ def check_same_run(config: RunConfig, state: dict, path: Path) -> list[str]:
     if facts["tokenizer"] != state["tokenizer"]:
         notes.append(f"the tokenizer of {config.model} is another one than until step {state['step']}")
     return notes
+
+
+def check_same_adapters(config: RunConfig, state: dict, path: Path) -> None:
+    """Refuses a checkpoint whose adapters are others, or in other layers. Raises ValueError."""
+    ours, theirs = facts_of_adapters(asdict(config)), facts_of_adapters(state["config"])
+    if ours != theirs:
+        words = [", ".join(f"{key} {value}" for key, value in facts.items()) or "none" for facts in (theirs, ours)]
+        raise ValueError(
+            f"lora: {path} was made with adapters: {words[0]}; this run has: {words[1]}. Give them as they were, or "
+            "another run_dir (--lora.start takes an adapter there)"
+        )
+
+
+def facts_of_adapters(config: dict) -> dict:
+    """What adapters are, of a configuration as nested dictionaries; what may change on the way is left out."""
+    lora = config.get("lora") or {}
+    return {key: value for key, value in lora.items() if key not in ("dropout", "start")}
 
 
 def options_of(config: dict) -> dict:

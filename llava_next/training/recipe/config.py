@@ -16,6 +16,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from llava_next.model.forward.lora import Lora, check_lora
 from llava_next.paths import local_path
 from llava_next.training.devices.float8 import check_float8
 from llava_next.training.devices.hardware import Hardware, parse_hardware
@@ -167,6 +168,7 @@ class RunConfig:
             an architecture (see `stand_ins.plan_parts`), as recipes name theirs.
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
         data, optim, checkpoint, profile: see there.
+        lora: train low-rank adapters; null: in full.
         attn_implementation: segment attention's kernel: torch's varlen (CUDA), flash-attn, one SDPA call a segment, or
             the best that runs here.
         activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps
@@ -192,6 +194,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    lora: Lora | None = None
     attn_implementation: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
     activation_checkpointing: Literal["auto", "none", "selective", "full"] | int = "auto"
     compile_layers: bool = False
@@ -202,6 +205,9 @@ class RunConfig:
     log_with: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     log_required: bool = False
     hang_seconds: float = 600.0
+
+    def __post_init__(self):
+        self.optim.rates.lora = self.lora
 
 
 @dataclass(frozen=True)
@@ -295,6 +301,7 @@ def _resolve_paths(config: RunConfig) -> None:
     """
     keys = [(config, "model"), (config, "run_dir"), (config.checkpoint, "resume")]
     keys += [(config.data, "cache_dir"), (config.data, "image_root")]
+    keys += [(config.lora, "start")] if config.lora else []
     for section, key in keys:
         value = getattr(section, key)
         if value:
@@ -346,6 +353,9 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
     if config.float8:
         check_float8(llm_trains=optim.rates.llm is not None)
+    if config.lora:
+        check_lora(config.lora)
+        check_adapted(config)
     for name in config.log_with:
         require(find_spec(name) is not None, "log_with", f"{name} is not installed; `pip install {name}`")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")
@@ -353,3 +363,19 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")
     require(all(s.repeat > 0 for s in data.sources), "data.sources", "repeat must be positive")
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", f"must be in [0, 1), not {optim.warmup_ratio}")
+
+
+def check_adapted(config: RunConfig) -> None:
+    """Refuses rates that do not go with LoRA: language model and tower train by adapters or not at all. ValueError."""
+    modules = config.lora.modules
+    for name in ("llm", "vision", "projector"):
+        rate = getattr(config.optim.rates, name)
+        if rate is None and name in modules:
+            raise ValueError(f"optim.rates.{name}: null, but lora.targets names it; give its adapters a rate (2e-4)")
+        if rate is not None and name not in modules and name != "projector":
+            raise ValueError(
+                f"optim.rates.{name}: {rate:g}, but under lora it trains by adapters or not at all: set null, or add "
+                f"{name} to lora.targets"
+            )
+    if config.float8:
+        raise ValueError("float8: the matrices that it multiplies faster are frozen under lora; set it to false")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
+from llava_next.model.forward.lora import Lora, is_adapter
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
 
 # parameter-name prefix of each module that has a learning rate of its own
@@ -28,7 +30,12 @@ class Rates:
         projector: the two-layer projector.
         vision: vision tower.
         newline: the image_newline embedding.
+
+    Attributes:
+        lora: of the run: a module with an adapter trains by it alone, at the module's rate.
     """
+
+    lora: ClassVar[Lora | None] = None
 
     llm: float | None = 2e-5
     projector: float | None = 2e-5
@@ -45,10 +52,16 @@ def module_of(name: str) -> str:
 
 
 def freeze(model: LlavaNextForConditionalGeneration, rates: Rates) -> None:
-    """Sets `requires_grad`: on for modules with a rate, off for the others and for parameters no forward reads."""
+    """Sets `requires_grad`: on for modules with a rate, off for the others and for parameters no forward reads.
+
+    Of a module with adapters, only these train.
+    """
     unused = unused_parameters(model)
+    adapted = {module_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(getattr(rates, module_of(name)) is not None and name not in unused)
+        module = module_of(name)
+        trains = is_adapter(name) if module in adapted else name not in unused
+        parameter.requires_grad_(getattr(rates, module) is not None and trains)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing to train: every learning rate is null; set at least one of llm, projector, vision")
 

@@ -1,0 +1,385 @@
+"""Adapter folders: written in the one form that loads everywhere, read, proven, and merged into a base.
+
+peft reports keys that it misses, never those that it has no place for, so a wrong prefix is the base model without a
+word. Every transformers release finds language model and tower under the names from before 4.52; the projector it
+finds under its own release's names only, so that stands in the file twice. `target_modules` is one pattern that fits
+the module trees of all releases. What peft cannot hold (a newline) or servers refuse (modules trained in full) lies in
+a base folder of its own, which the adapter names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlavaNextConfig
+
+from llava_next.model.folders.check import DTYPE_NAMES, Finding, ModelFolder, check_folder
+from llava_next.model.folders.companions import COMPANION_FILES, copy_companions
+from llava_next.model.folders.export import (
+    INDEX_NAME,
+    MAX_FILE_BYTES,
+    file_key,
+    flush_to_disk,
+    made_aside,
+    whole,
+    write_config,
+    write_weights,
+)
+from llava_next.model.folders.starting import model_fingerprint, own_key
+from llava_next.model.forward.lora import (
+    ADAPTER,
+    GROUPS,
+    Lora,
+    adapter_layers,
+    adapter_parameters,
+    is_adapter,
+    merged_weight,
+    target_pattern,
+)
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TRAINED = "trained.safetensors"  # of a base: sorts behind the linked files, because the last of a key's tensors counts
+DTYPES = {name: getattr(torch, dtype) for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass
+class AdapterFolder:
+    """An adapter as it lies on disk.
+
+    Args:
+        tensors: layer's name in our model -> `lora_A`, `lora_B`, `lora_magnitude_vector` -> key in the file.
+        base: folder that it names; fingerprint: of that, "" where it was written elsewhere.
+    """
+
+    path: Path
+    lora: Lora
+    tensors: dict[str, dict[str, str]]
+    base: Path
+    fingerprint: str
+
+    def load(self, layer: str) -> dict[str, torch.Tensor]:
+        """The tensors of one layer's adapter, by kind."""
+        with safe_open(self.path / WEIGHTS, "pt") as file:
+            return {kind: file.get_tensor(key) for kind, key in self.tensors[layer].items()}
+
+
+def adapter_keys(name: str) -> list[str]:
+    """Keys in the file of an adapter's parameter, `model.language_model.layers.0.mlp.up_proj.lora_A.default.weight`."""
+    plain = name.replace(f".{ADAPTER}.weight", ".weight").replace("vector.weight", "vector")
+    keys = [PREFIX + file_key(plain)]
+    return [*keys, PREFIX + plain] if plain.startswith(GROUPS["projector"][0]) else keys
+
+
+def layer_and_kind(key: str) -> tuple[str, str]:
+    """The reverse: (name of the layer, kind of tensor). Raises ValueError: a key that is no adapter's."""
+    found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", key)
+    if not found:
+        raise ValueError(f"{key} is no tensor of a LoRA adapter for this model")
+    name, kind = found[1], found[2].removesuffix(".weight")
+    name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.language_model.", name)
+    name = re.sub(r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower.", name)
+    return re.sub(r"^(model\.)?multi_modal_projector\.", "model.multi_modal_projector.", name), kind
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    lora: Lora,
+    start: Path,
+    companions: Path,
+    is_main_process: bool = True,
+) -> None:
+    """Writes `folder`, and beside it `base/` where projector or newline trained in full. A collective.
+
+    Args:
+        start: model folder that training started from.
+        companions: folder with what goes beside weights.
+
+    Raises:
+        OSError, ValueError: on the main process; the others gather to the end.
+    """
+    gathered, adapter, full = _trained(model), {}, {}
+    try:
+        if is_main_process:
+            for name, tensor in gathered:
+                if is_adapter(name):
+                    adapter |= {key: tensor.float().cpu().contiguous() for key in adapter_keys(name)}
+                else:
+                    full[name] = tensor.cpu()
+            base = start
+            if full:
+                base = folder.with_name("base")
+                write_base(base, start, full, model.config, companions)
+            write_adapter(folder, adapter, list(adapter_layers(model)), lora, base, companions)
+    finally:
+        for _ in gathered:
+            pass
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, whole(parameter)
+
+
+def write_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor], layers: list[str], lora: Lora, base: Path, companions: Path
+) -> None:
+    """Writes an adapter folder: tensors by their keys, a config that every peft release reads, companions."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": str(base.resolve()),
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rank_scaling == "rslora",
+        "use_dora": lora.dora,
+        "target_modules": target_pattern(layers),
+        "modules_to_save": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    with made_aside(folder) as aside:
+        shared = {key: tensor.clone() for key, tensor in tensors.items()}  # safetensors refuses shared memory
+        save_file(shared, aside / WEIGHTS, metadata={"format": "pt", "base": model_fingerprint(base)})
+        (aside / WEIGHTS).chmod(aside.stat().st_mode & 0o666)
+        flush_to_disk(aside / WEIGHTS)
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        copy_companions(companions, aside)
+
+
+def write_base(
+    folder: Path, start: Path, trained: dict[str, torch.Tensor], config: LlavaNextConfig, companions: Path
+) -> None:
+    """A model folder that is `start` but for some tensors, which lie in a small file; all others are linked, or copied
+    where the file system has no links.
+
+    Args:
+        trained: parameter's name -> tensor.
+    """
+    found = ModelFolder(start).tensors
+    keys = {own_key(key): key for key in found}
+    replaced = {keys[file_key(name)]: tensor for name, tensor in trained.items()}
+    names = {file: base_file(file) for file, *_ in found.values()}
+    with made_aside(folder) as aside:
+        for file, name in names.items():
+            link(start / file, aside / name)
+        tensors = {key: tensor.to(DTYPES[found[key][2]]).contiguous() for key, tensor in replaced.items()}
+        save_file(tensors, aside / TRAINED, metadata={"format": "pt"})
+        (aside / TRAINED).chmod(aside.stat().st_mode & 0o666)
+        weight_map = {key: TRAINED if key in replaced else names[file] for key, (file, *_) in found.items()}
+        size = sum(torch.Size(shape).numel() * DTYPES[dtype].itemsize for _, shape, dtype in found.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (aside / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        write_config(config, aside, DTYPES[next(iter(found.values()))[2]])
+        copy_companions(companions, aside)
+
+
+def base_file(name: str) -> str:
+    """Name of a start model's weight file in a base: one that loaders read before `TRAINED`, with the index."""
+    return f"model-{name}"
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def read_adapter(folder: Path) -> AdapterFolder:
+    """Reads config and header of an adapter folder.
+
+    Raises:
+        ValueError: it is none, or one that this model cannot have.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing; give an adapter folder, such as RUN_DIR/adapter")
+    config = json.loads((folder / CONFIG).read_text())
+    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
+        if config.get(key, plain) != plain:
+            raise ValueError(f"{folder / CONFIG}: {key} is {config[key]!r}; only {plain!r} can be read here")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise ValueError(f"{folder / CONFIG}: {key} is given; only one r and one alpha for all can be read here")
+    tensors: dict[str, dict[str, str]] = {}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        fingerprint = (file.metadata() or {}).get("base", "")
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            layer, kind = layer_and_kind(key)
+            tensors.setdefault(layer, {})[kind] = key
+    lora = Lora(
+        r=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        rank_scaling="rslora" if config.get("use_rslora") else "lora",
+        dora=bool(config.get("use_dora")),
+    )
+    return AdapterFolder(folder, lora, tensors, Path(config.get("base_model_name_or_path") or ""), fingerprint)
+
+
+def check_of_base(adapter: AdapterFolder, base: Path, key: str) -> None:
+    """Refuses an adapter that was trained on another base. Raises ValueError.
+
+    Args:
+        key: option that named the base.
+    """
+    if adapter.fingerprint and adapter.fingerprint != model_fingerprint(base):
+        raise ValueError(
+            f"{key}: {adapter.path} was not trained on {base} (its config, sizes or weights are others); give the one "
+            f"that its {CONFIG} names: {adapter.base}"
+        )
+
+
+def check_start(lora: Lora, base: Path, layers: list[str]) -> None:
+    """Refuses an adapter that training cannot start from (`lora.start`). Raises ValueError.
+
+    Args:
+        layers: of the model that get an adapter.
+    """
+    adapter = read_adapter(Path(lora.start))
+    check_of_base(adapter, base, "model")
+    for key in ("r", "alpha", "rank_scaling", "dora"):
+        ours, theirs = getattr(lora, key), getattr(adapter.lora, key)
+        if ours != theirs:
+            raise ValueError(f"lora.{key}: {ours}, but {lora.start} has {theirs}: give that")
+    if other := set(layers) ^ set(adapter.tensors):
+        raise ValueError(f"lora.targets: not those of {lora.start}, which differ in {len(other)}: {sorted(other)[:3]}")
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Puts the adapter of a folder into a model that has its layers (see `check_start`)."""
+    adapter = read_adapter(folder)
+    with torch.no_grad():
+        for name, layer in adapter_layers(model).items():
+            tensors = adapter.load(name)
+            for kind, parameter in adapter_parameters(layer).items():
+                parameter.copy_(tensors[kind])
+
+
+def merge_adapter(base: Path, folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes the model folder of a base with an adapter in it, tensor by tensor.
+
+    Raises:
+        ValueError: the adapter is another base's, or a tensor of it finds no place.
+        OSError: `out` cannot be written.
+    """
+    adapter, subject = read_adapter(folder), ModelFolder(base)
+    check_of_base(adapter, base, "--model")
+    left = set(adapter.tensors)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        with torch.device("meta"):
+            names = {file_key(n): n for n, _ in LlavaNextForConditionalGeneration(subject.config).named_parameters()}
+        for key, (file, *_) in subject.tensors.items():
+            if own_key(key) not in names:  # a tied head
+                continue
+            with safe_open(base / file, "pt") as opened:
+                tensor = opened.get_tensor(key)
+            layer = names[own_key(key)].removesuffix(".weight").replace("vision_tower.vision_model.", "vision_tower.")
+            if layer in left:
+                left.remove(layer)
+                tensor = merged_weight(tensor, adapter.lora.scale, **adapter.load(layer))
+            yield own_key(key), tensor
+        if left:
+            raise ValueError(f"{folder}: adapters of {sorted(left)[:3]} have no place in {base}")
+
+    with made_aside(out) as aside:
+        write_weights(tensors(), aside, MAX_FILE_BYTES, dtype)
+        write_config(subject.config, aside, dtype)
+        copy_companions(folder if (folder / "tokenizer.json").exists() else base, aside)
+
+
+def check_adapter(folder: Path) -> list[Finding]:
+    """Proves an adapter folder and the base that it names; loads no weights."""
+    findings = []
+
+    def check(name: str, found) -> bool:
+        try:
+            findings.append(Finding(name, True, found()))
+        except Exception as error:  # whatever a damaged folder makes the libraries raise is a finding
+            findings.append(Finding(name, False, " ".join(str(error).split())))
+        return findings[-1].ok
+
+    if not check("adapter", lambda: _check_form(folder)):
+        return findings
+    adapter = read_adapter(folder)
+    if check("base", lambda: _check_base(adapter)):
+        check("layers", lambda: _check_layers(adapter))
+        check("beside", lambda: _check_beside(adapter))
+        findings += check_folder(adapter.base)
+    return findings
+
+
+def _check_form(folder: Path) -> str:
+    """One r and alpha, whole pairs, names that every release finds."""
+    adapter, kinds = read_adapter(folder), {"lora_A", "lora_B"}
+    kinds |= {"lora_magnitude_vector"} if adapter.lora.dora else set()
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        there = set(file.keys())
+    for layer, found in adapter.tensors.items():
+        if set(found) != kinds:
+            raise ValueError(f"{WEIGHTS}: {layer} has {sorted(found)}, it needs {sorted(kinds)}: export again")
+        suffixes = [f"{kind}.{ADAPTER}.weight" for kind in kinds]
+        due = {key for suffix in suffixes for key in adapter_keys(f"{layer}.{suffix}")}
+        if missing := sorted(due - there):
+            raise ValueError(f"{WEIGHTS}: {missing[0]} is missing, under which some releases look: export again")
+    return f"r {adapter.lora.r}, scale {adapter.lora.scale:g}, {len(there)} tensors for {len(adapter.tensors)} layers"
+
+
+def _check_base(adapter: AdapterFolder) -> str:
+    if not adapter.base.is_dir():
+        raise ValueError(
+            f"{CONFIG}: base_model_name_or_path {adapter.base} is no folder here: was it moved? Write where it is now"
+        )
+    check_of_base(adapter, adapter.base, CONFIG)
+    return f"{adapter.base}{'' if adapter.fingerprint else ' (no fingerprint in the adapter to compare it with)'}"
+
+
+def _check_layers(adapter: AdapterFolder) -> str:
+    """Shapes fit, and the pattern names exactly the layers that have tensors, in old trees and new ones."""
+    base, r = ModelFolder(adapter.base), adapter.lora.r
+    pattern = json.loads((adapter.path / CONFIG).read_text())["target_modules"]
+    with safe_open(adapter.path / WEIGHTS, "pt") as file:
+        for layer, found in adapter.tensors.items():
+            rows, columns = base.shapes[file_key(f"{layer}.weight")]
+            due = {"lora_A": [r, columns], "lora_B": [rows, r], "lora_magnitude_vector": [rows]}
+            for kind, key in found.items():
+                if file.get_slice(key).get_shape() != due[kind]:
+                    raise ValueError(f"{WEIGHTS}: {key} is {file.get_slice(key).get_shape()}, not {due[kind]}")
+    for key in base.shapes:
+        old, _, kind = key.rpartition(".")
+        if kind != "weight":
+            continue
+        layer = layer_and_kind(f"{PREFIX}{old}.lora_A.weight")[0]
+        for tree in (old, layer):
+            if bool(re.fullmatch(pattern, tree)) != (layer in adapter.tensors):
+                raise ValueError(f"{CONFIG}: target_modules is wrong about {tree}: export again")
+    return f"target_modules names these {len(adapter.tensors)} layers in every release's tree"
+
+
+def _check_beside(adapter: AdapterFolder) -> str:
+    """Tokenizer, processor and template are the base's."""
+    names = [name for name in COMPANION_FILES if (adapter.base / name).exists()]
+    for name in names:
+        mine = adapter.path / name
+        if not mine.exists() or mine.read_bytes() != (adapter.base / name).read_bytes():
+            raise ValueError(f"{mine} is not the base's: copy it from {adapter.base}")
+    return f"{len(names)} files as in the base"
