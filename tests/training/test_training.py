@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import evaluate
 import finetune
+import merge
 from llava_next.data.inputs.listing import list_json
+from llava_next.model.folders.adapters import check_adapter
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.checkpoints.recovery import checkpoint_to_resume, complete_checkpoints
@@ -231,6 +235,85 @@ def test_damaged_sample_becomes_a_hole_and_the_run_goes_on(demo, tmp_path):
     assert sum(m["holes"] for m in metrics) == 1 and sum(m["samples"] for m in metrics) == SAMPLES - 1
     lines = [json.loads(line) for p in (tmp_path / "run").glob("skipped*.jsonl") for line in p.read_text().splitlines()]
     assert len(lines) == 1 and lines[0]["sample_id"] == 7 and "does not decode" in lines[0]["reason"]
+
+
+LORA = ("--lora.r", 8, "--lora.alpha", 16, "--lora.dropout", 0.1, "--optim.rates.vision", "null")
+
+
+@pytest.fixture(scope="module")
+def lora_run(demo, tmp_path_factory):
+    """3 steps of LoRA with dropout on 2 ranks: run folder and metrics."""
+    run = tmp_path_factory.mktemp("lora") / "run"
+    return run, run_stage(demo, run, *LORA, "--data.batch_size", 32)[1]
+
+
+def test_lora_is_the_same_on_1_rank_and_bit_equal_when_it_goes_on(demo, lora_run, tmp_path):
+    options = (*LORA, "--data.batch_size", 32, "--data.token_budget", 600)
+    _, straight = run_stage(demo, tmp_path / "straight", *options, processes=1)
+    run_stage(demo, tmp_path / "stopped", *options, "--max_steps", 1, processes=1)
+    _, resumed = run_stage(demo, tmp_path / "stopped", *options, processes=1)
+    figures = [[(m["step"], m["loss"], m["grad_norm"]) for m in metrics] for metrics in (straight, resumed)]
+    assert figures[0] == figures[1] and straight[-1]["loss"] < straight[0]["loss"] - 0.3
+    for name in ("model/model", "adapter/adapter_model", "base/trained"):
+        one, two = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("straight", "stopped"))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert [m["loss"] for m in lora_run[1]] == pytest.approx([m["loss"] for m in straight], rel=1e-5)
+    assert lora_run[1][0]["micro_batches"] < straight[0]["micro_batches"]
+    with pytest.raises(AssertionError, match=r"was made with adapters: r 8, alpha 16, .* this run has: r 8, alpha 32"):
+        run_stage(demo, tmp_path / "stopped", *options, "--lora.alpha", 32, processes=1)
+
+
+def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what_trains(lora_run, demo):
+    run = lora_run[0]
+    findings = check_adapter(run / "adapter")
+    assert len(findings) == 14 and all(finding.ok for finding in findings), findings
+    tensors = json.loads((run / "checkpoints/step-00000003/tensors.json").read_text())
+    weights = [name for name in tensors if name.startswith("model.")]
+    assert len(weights) == 2 * 14 + 4 + 1  # A and B of 7 matrices in 2 layers, projector, newline
+    assert (run / "base/model-model.safetensors").samefile(demo / "base/model.safetensors")
+    assert len(load_file(run / "base/trained.safetensors")) == 5
+
+
+def test_damaged_adapter_folders_are_found_out(lora_run, tmp_path):
+    run, folder = lora_run[0], tmp_path / "adapter"
+
+    def failed_with(change) -> list[str]:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(run / "adapter", folder)
+        change()
+        return [finding.check for finding in check_adapter(folder) if not finding.ok]
+
+    def rename(old: str, new: str, metadata: dict | None = None) -> None:
+        path = folder / "adapter_model.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = metadata or file.metadata()
+        save_file({key.replace(old, new): t for key, t in load_file(path).items()}, path, metadata)
+
+    def configure(**changes) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    assert failed_with(lambda: None) == []
+    assert failed_with(lambda: rename("model.language_model.model", "model.model.language_model")) == ["adapter"]
+    assert failed_with(lambda: rename("lora_A", "lora_embedding_A")) == ["adapter"]
+    assert failed_with(lambda: rename("", "", {"base": "another"})) == ["base"]
+    assert failed_with(lambda: configure(base_model_name_or_path="/nowhere")) == ["base"]
+    assert failed_with(lambda: configure(r=4)) == ["layers"]
+    assert failed_with(lambda: configure(target_modules=r".*\.[qkv]_proj")) == ["layers"]
+    assert failed_with(lambda: (folder / "tokenizer.json").unlink()) == ["beside"]
+    assert failed_with(lambda: configure(modules_to_save=["lm_head"])) == ["adapter"]
+
+
+def test_merging_by_hand_gives_the_run_s_own_result_and_refuses_another_base(lora_run, demo, tmp_path, capsys):
+    run, out = lora_run[0], tmp_path / "out"
+    with pytest.raises(SystemExit) as refused:
+        merge.main(["--model", f"{demo}/base", "--adapter", f"{run}/adapter", "--out", str(out)])
+    assert "was not trained on" in str(refused.value) and not out.exists()
+    with pytest.raises(SystemExit) as done:
+        merge.main(["--model", f"{run}/base", "--adapter", f"{run}/adapter", "--out", str(out)])
+    assert done.value.code == 0 and "merged and sound" in capsys.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (run / "model").iterdir())
 
 
 def test_resume_never_refuses_a_run_folder_with_checkpoints(straight_run):
