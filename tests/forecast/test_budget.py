@@ -18,6 +18,7 @@ from llava_next.model.folders.compose import compose, random_part
 from llava_next.model.folders.dry import architecture, corpus_texts, scaled, train_tokenizer
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training import planning
 from llava_next.training.banner import plan_banner
@@ -75,13 +76,27 @@ def bytes_kept(model, batch) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 
+def lora_rates(**options) -> Rates:
+    """Rates of a run by LoRA in the language model."""
+    rates = Rates(vision=None)
+    rates.lora = Lora(r=16, alpha=32, **options)
+    return rates
+
+
+KINDS = {"all": Rates(), "stage_1": STAGE_1, "tower_frozen": Rates(vision=None)}
+KINDS |= {"lora": lora_rates(dropout=0.0), "lora_dropout": lora_rates(dropout=0.1)}
+KINDS |= {"lora_some": lora_rates(dropout=0.1, targets=["llm.*.q_proj", "llm.*.down_proj"])}
+
+
 @pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("rates", [Rates(), STAGE_1, Rates(vision=None)], ids=["all", "stage_1", "tower_frozen"])
+@pytest.mark.parametrize("rates", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(("llm", "tower"), [(LLAMA3, CLIP), (QWEN2, SIGLIP)])
 def test_kept_activations_are_those_that_autograd_keeps(llm, tower, rates, policy):
     config = small_config(llm, tower)
     model = LlavaNextForConditionalGeneration(config).train()
     model.set_attn_implementation(attention_names("sdpa"))
+    if rates.lora:
+        add_adapters(model, rates.lora, seed=0)
     freeze(model, rates)
     apply_checkpointing(model, policy)
     anyres, side = geometry(config), config.vision_config.image_size

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from llava_next.model.forward.head import CHUNK
+from llava_next.model.forward.lora import Lora
 from llava_next.model.forward.modeling import used_layers
-from llava_next.training.forecast.flops import Checkpointing, by_stack, decoder_weights, tile_tokens
+from llava_next.training.forecast.flops import Checkpointing, adapted_matrices, by_stack, decoder_weights, tile_tokens
 from llava_next.training.recipe.optim import Rates
 
 
@@ -84,8 +85,8 @@ def activations(
         tokens, tiles, targets: T, N and K of the micro-batch.
     """
     text, vision = config.text_config, config.vision_config
-    b, hidden, llm_trains = compute.nbytes, text.hidden_size, rates.llm is not None
-    decoder = decoder_layer(text, llm_trains, compute)
+    b, hidden, llm_trains = compute.nbytes, text.hidden_size, rates.in_full("llm")
+    decoder = decoder_layer(text, llm_trains, compute, rates.lora)
     policies, tower_policy = by_stack(policy, text.num_hidden_layers)
     width = decoder_weights(text)[2] // text.num_attention_heads
     # the norm before the head is in no layer; under fp32 its input is the last layer's output, else a copy
@@ -112,12 +113,13 @@ def activations(
     return Activations(llm + images + tower, llm, tokens * decoder.at_work(last), work, head)
 
 
-def decoder_layer(text: PretrainedConfig, trains: bool, compute: Compute) -> LayerBytes:
+def decoder_layer(text: PretrainedConfig, trains: bool, compute: Compute, lora: Lora | None = None) -> LayerBytes:
     """A Llama, Mistral or Qwen2 layer, bytes a token.
 
     Two RMSNorms keep their input in fp32 and, when they train, the normalised input; attention keeps queries, keys,
     values, output and the fp32 logarithm of the sums; the MLP gate, its activation and up; matrices that train keep
-    their inputs.
+    their inputs. Adapters keep theirs, with dropout each its own and which of them it left out, and what A makes of
+    them; the row norms of DoRA are not counted.
     """
     b, hidden, inner, width = compute.nbytes, text.hidden_size, text.intermediate_size, decoder_weights(text)[2]
     key_width = width // text.num_attention_heads * text.num_key_value_heads
@@ -126,7 +128,14 @@ def decoder_layer(text: PretrainedConfig, trains: bool, compute: Compute) -> Lay
     attention = b * (2 * width + 2 * key_width + width * (trains and not compute.fused)) + sums
     mlp = b * inner * (3 + trains)
     products = b * (3 * hidden + 2 * width + 2 * key_width + 2 * inner) + sums
-    return LayerBytes(norms + attention + mlp, products, b * hidden, b * (2 * inner + 3 * hidden))
+    backward = b * (2 * inner + 3 * hidden)
+    if matrices := adapted_matrices(text, lora):
+        low = b * lora.r * len(matrices)
+        # without dropout matrices with the same input share it: two norms' outputs, attention's output, up times gate
+        mlp += low + (sum((b + 1) * i for i, _ in matrices) if lora.dropout else b * (2 * hidden + width + inner))
+        products += low + b * sum(outputs for _, outputs in matrices)
+        backward += 12 * inner * (lora.dropout > 0)  # random bits in the making
+    return LayerBytes(norms + attention + mlp, products, b * hidden, backward)
 
 
 def encoder_layer(vision: PretrainedConfig, compute: Compute) -> LayerBytes:

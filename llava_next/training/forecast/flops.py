@@ -7,17 +7,20 @@ attention recomputes inside of its backward is not counted in either number.
 
 A module that trains costs three forwards: its own, the gradient of its weights, the gradient of its inputs. Frozen
 parts cost less: the tower runs without gradient (one), a language model behind a training projector hands gradients
-through (two).
+through (two), and so do matrices with adapters, whose own small products are counted for the language model.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
 from llava_next.data.plan.dealing import CostModel
+from llava_next.model.forward.lora import Lora
 from llava_next.model.forward.modeling import used_layers
 from llava_next.training.recipe.optim import Rates
 
@@ -113,14 +116,16 @@ def flops_model(config: PretrainedConfig, rates: Rates, checkpointing: Checkpoin
     """
     text = config.text_config
     weights, last, width = decoder_weights(text)
-    passes = 2 + (rates.llm is not None)
+    passes, adapters = 2 + rates.in_full("llm"), 6.0 * decoder_adapters(text, rates.lora)
     layers = text.num_hidden_layers
     decoder, tower = by_stack(checkpointing, layers)
     share = sum(RECOMPUTED[policy] * count for policy, count in decoder.items()) / layers
     # scores and values: 2 products of 2 x width each, half under the mask; their gradients go to both inputs
     square = 2.0 * width * layers
     return FlopsModel(
-        per_token=Work(2.0 * weights * layers * passes, 2.0 * (weights - last) * layers * share),
+        per_token=Work(
+            (2.0 * weights * passes + adapters) * layers, (2.0 * (weights - last) + adapters / 3) * layers * share
+        ),
         per_square=Work(3 * square, square * share),
         per_tile=_tile_work(config, rates, RECOMPUTED[tower]),
         per_target=Work(2.0 * text.hidden_size * text.vocab_size * passes, 2.0 * text.hidden_size * text.vocab_size),
@@ -134,16 +139,19 @@ def _tile_work(config: PretrainedConfig, rates: Rates, share: float) -> Work:
     patches, tokens = tile_tokens(vision)
     layers = used_layers(vision.num_hidden_layers, config.vision_feature_layer)
     tower_trains, projector_trains = rates.vision is not None, rates.projector is not None
+    tower_in_full, projector_in_full = rates.in_full("vision"), rates.in_full("projector")
     attention = 4.0 * tokens * tokens * vision.hidden_size * layers  # full: every token sees every token
     linear = 2.0 * tokens * weights * layers
     embedding = 2.0 * patches * vision.hidden_size * vision.num_channels * vision.patch_size**2
     # pixels need no gradient, so the embedding has its weights' only
-    tower = 3 * (linear + attention) + 2 * embedding if tower_trains else linear + attention + embedding
+    tower = linear + attention + embedding
+    if tower_trains:
+        tower += (1 + tower_in_full) * linear + 2 * attention + tower_in_full * embedding
     again = share * (linear - 2.0 * tokens * last * layers + attention) if tower_trains else 0.0
     first, second = 2.0 * patches * vision.hidden_size * hidden, 2.0 * patches * hidden * hidden
     # a gradient goes on to an input only when something before it trains
-    first *= 1 + projector_trains + tower_trains
-    second *= 1 + projector_trains + (projector_trains or tower_trains)
+    first *= 1 + projector_in_full + tower_trains
+    second *= 1 + projector_in_full + (projector_trains or tower_trains)
     return Work(tower + first + second, again)
 
 
@@ -156,6 +164,35 @@ def decoder_weights(text: PretrainedConfig) -> tuple[int, int, int]:
     width, key_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     last = text.hidden_size * text.intermediate_size
     return text.hidden_size * (2 * width + 2 * key_width) + 3 * last, last, width
+
+
+def decoder_matrices(text: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each matrix of a decoder layer, by its name in there."""
+    hidden, inner, width = text.hidden_size, text.intermediate_size, decoder_weights(text)[2]
+    keys = width // text.num_attention_heads * text.num_key_value_heads
+    attention = {
+        "q_proj": (hidden, width),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (width, hidden),
+    }
+    mlp = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    named = {f"self_attn.{name}": sides for name, sides in attention.items()}
+    return named | {f"mlp.{name}": sides for name, sides in mlp.items()}
+
+
+def adapted_matrices(text: PretrainedConfig, lora: Lora | None) -> list[tuple[int, int]]:
+    """Inputs and outputs of the matrices of a decoder layer that have adapters, taking all layers for alike."""
+    if lora is None:
+        return []
+    patterns = [re.sub(r"layers\.\d+", "layers.*", f"{t}.*" if t == "llm" else t) for t in lora.targets]
+    named = decoder_matrices(text).items()
+    return [sides for name, sides in named if any(fnmatchcase(f"llm.layers.0.{name}", p) for p in patterns)]
+
+
+def decoder_adapters(text: PretrainedConfig, lora: Lora | None) -> int:
+    """Weights of a decoder layer's adapters."""
+    return sum(lora.r * (inputs + outputs) for inputs, outputs in adapted_matrices(text, lora))
 
 
 def encoder_weights(vision: PretrainedConfig) -> tuple[int, int]:

@@ -42,6 +42,10 @@ class Rates:
     vision: float | None = 2e-6
     newline: float | None = 2e-5
 
+    def in_full(self, module: str) -> bool:
+        """Whether a module's own matrices train, not adapters in their place."""
+        return getattr(self, module) is not None and not (self.lora and module in self.lora.modules)
+
 
 def module_of(name: str) -> str:
     """`llm`, `projector`, `vision` or `newline` for a parameter's name."""
