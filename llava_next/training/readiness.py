@@ -30,13 +30,15 @@ def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resum
     Raises:
         ValueError: what is missing, where, and what to do.
     """
-    result = Path(config.run_dir) / "model"
-    if result.resolve() == Path(config.model).resolve():
-        raise ValueError(
-            f"model: {config.model} is the place of this run's own result, which would replace it; give another run_dir"
-        )
-    if os.path.ismount(result) or result.is_file():
-        raise ValueError(f"run_dir: the result cannot be put at {result}, which is no plain folder; move it away")
+    for name in ("model", *(("adapter", "base") if config.lora else ())):
+        result = Path(config.run_dir) / name
+        if result.resolve() in (Path(config.model).resolve(), *_start_of(config)):
+            raise ValueError(
+                f"{'lora.start' if name == 'adapter' else 'model'}: {result} is the place of this run's own result, which "
+                "would replace it; give another run_dir"
+            )
+        if os.path.ismount(result) or result.is_file():
+            raise ValueError(f"run_dir: the result cannot be put at {result}, which is no plain folder; move it away")
     check_weights(config.model)
     keep = config.data.keep_template
     model = (parts.model_config, parts.encoder.tokenizer)
@@ -45,6 +47,11 @@ def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resum
     if not parts.made:
         return []
     return [f"{config.model}: written anew for the result, as every release reads it: {', '.join(parts.made)}"]
+
+
+def _start_of(config: RunConfig) -> tuple[Path, ...]:
+    """Folder of the adapter that a run starts from."""
+    return (Path(config.lora.start).resolve(),) if config.lora and config.lora.start else ()
 
 
 def keep_companions(config: RunConfig, parts: Parts) -> None:
@@ -65,6 +72,9 @@ def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume
     freeze(model, config.optim.rates)
     sizes, options = units(model).whole, config.checkpoint
     checkpoint, result = 12 * sizes.trainable, 2 * sizes.parameters  # as in `banner.size_lines`
+    if config.lora:  # its folder, and the base's weights where they cannot be linked
+        linked = _device(Path(config.run_dir)) == _device(Path(config.model))
+        result += 4 * sizes.trainable + (0 if linked else 2 * sizes.frozen)
     last = min(mixture.total_steps, config.max_steps or mixture.total_steps)
     done = resume.state["step"]
     there = len(complete_checkpoints(resume.folder))

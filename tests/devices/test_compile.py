@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.banner import speed_lines
 from llava_next.training.devices.parallel import RECOMPILE_LIMIT, apply_checkpointing, compile_layers
@@ -32,15 +33,19 @@ def graphs() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "rates", [Rates(), Rates(llm=None, vision=None)], ids=["all_trains", "frozen_but_for_the_projector"]
+    ("rates", "lora"),
+    [(Rates(), None), (Rates(llm=None, vision=None), None), (Rates(vision=None), Lora(r=4, dropout=0.1))],
+    ids=["all_trains", "frozen_but_for_the_projector", "lora"],
 )
-def test_a_run_of_any_lengths_makes_at_most_12_graphs_and_no_break(monkeypatch, rates):
+def test_a_run_of_any_lengths_makes_at_most_12_graphs_and_no_break(monkeypatch, rates, lora):
     """Lengths, text-only and empty micro-batches, validation: each kind once. Backward is part of its graph."""
     torch.manual_seed(0)
     models = [LlavaNextForConditionalGeneration(tiny_config()).train() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         use_dense_attention(model, monkeypatch)
+        if lora:
+            add_adapters(model, lora, seed=0)
         freeze(model, rates)
     apply_checkpointing(models[0], "selective")
     compile_layers(models[0], backend="eager")

@@ -272,6 +272,10 @@ def test_dropout_leaves_out_its_share_in_every_step_row_and_layer_anew():
         (["--lora.r", "8"], "optim.rates.vision: 2e-06, but under lora"),
         (["--lora.r", "8", "--optim.rates.llm", "null"], "optim.rates.llm: null, but lora.targets names it"),
         (["--lora.r", "8", "--optim.rates.vision", "null", "--float8", "true"], "float8"),
+        (
+            ["--lora.dora", "true", "--optim.rates.vision", "null", "--compile_layers", "true"],
+            "compile_layers: peft's layers for lora.dora cannot be compiled",
+        ),
     ],
 )
 def test_lora_that_cannot_work_is_refused(options, expected):

@@ -377,5 +377,7 @@ def check_adapted(config: RunConfig) -> None:
                 f"optim.rates.{name}: {rate:g}, but under lora it trains by adapters or not at all: set null, or add "
                 f"{name} to lora.targets"
             )
+    if config.compile_layers and config.lora.dora:
+        raise ValueError("compile_layers: peft's layers for lora.dora cannot be compiled; set one of them to false")
     if config.float8:
         raise ValueError("float8: the matrices that it multiplies faster are frozen under lora; set it to false")
