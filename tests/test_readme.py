@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from llava_next.model.forward.lora import Lora
 from llava_next.training.recipe.config import parse_run, run_parser
 from support.launching import ROOT
 from test_rooms import ROOMS, folder_of
@@ -19,6 +21,7 @@ NEEDED = ["--model", "m", "--run_dir", "r", "--data.sources", "s"]
 READMES = ["README.md", *(f"{d}/README.md" for d in ("data_tools", "llava_next", "scripts", "scripts/benchmarks"))]
 # of other programs: sbatch, pip, vLLM and the like
 STRANGE_OPTIONS = {"--nodes", "--gpus-per-node", "--array", "--dependency", "--parsable"}
+STRANGE_OPTIONS |= {"--enable-lora", "--max-lora-rank", "--enable-tower-connector-lora"}
 
 
 @cache
@@ -49,7 +52,8 @@ def launch_options() -> set[str]:
 def options_of(script: str) -> set[str]:
     """Options of a command: of a training script its configuration's, else what its source and its parts add."""
     if script in ("scripts/pretrain.py", "scripts/finetune.py", "scripts/slurm/finetune.sbatch"):
-        return set(run_parser(ROOT / "scripts/recipes/vicuna-7b/finetune.yaml")._option_string_actions)
+        section = {f"--lora.{key.name}" for key in fields(Lora)}  # may be null, so the parser lists it as a whole
+        return section | set(run_parser(ROOT / "scripts/recipes/vicuna-7b/finetune.yaml")._option_string_actions)
     if script == "scripts/slurm/build.sbatch":
         return options_of("data_tools/build_shards.py") | STRANGE_OPTIONS
     parts = {"scripts/benchmark.py": "scripts/benchmarking", "data_tools/inspect_shards.py": "data_tools/doctor"}

@@ -33,9 +33,9 @@ def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resum
     for name in ("model", *(("adapter", "base") if config.lora else ())):
         result = Path(config.run_dir) / name
         if result.resolve() in (Path(config.model).resolve(), *_start_of(config)):
+            key = "lora.start" if name == "adapter" else "model"
             raise ValueError(
-                f"{'lora.start' if name == 'adapter' else 'model'}: {result} is the place of this run's own result, which "
-                "would replace it; give another run_dir"
+                f"{key}: {result} is the place of this run's own result, which would replace it; give another run_dir"
             )
         if os.path.ismount(result) or result.is_file():
             raise ValueError(f"run_dir: the result cannot be put at {result}, which is no plain folder; move it away")

@@ -26,6 +26,7 @@ from llava_next.training.devices.hardware import parse_hardware
 from llava_next.training.devices.parallel import apply_checkpointing
 from llava_next.training.forecast.activations import Compute, activations, decoder_layer
 from llava_next.training.forecast.budget import Layout, estimate, units
+from llava_next.training.forecast.flops import flops_model
 from llava_next.training.planning import keep_choice, make_plan
 from llava_next.training.recipe.config import parse_run
 from llava_next.training.recipe.optim import Rates, freeze
@@ -173,6 +174,22 @@ def test_frozen_parts_have_neither_gradients_nor_optimizer_state():
     assert trained == 1024 * 4096 + 4096 + 4096 * 4096 + 4096 + 4096  # projector and newline
     assert found.gradients == 4 * trained / 8 and found.optimizer == 2 * found.gradients
     assert found.weights / 1e9 == pytest.approx(2 * 7.06 / 8, rel=0.01)
+
+
+def test_lora_has_states_of_adapters_only_and_no_weight_gradients_of_what_they_are_for():
+    config, rates = full_config(VICUNA), lora_rates()
+    rates.lora.r = 128
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(config)
+    add_adapters(model, rates.lora, seed=0)
+    freeze(model, rates)
+    adapters = 128 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    found = estimate(config, units(model), rates, "full", Layout(1, BF16), 8192, 24)
+    trained = adapters + counts_of(config, STAGE_1).whole.trainable
+    assert found.gradients == 4 * trained and found.optimizer == 2 * found.gradients
+    assert found.weights == 4 * trained + 2 * counts_of(config, Rates()).whole.parameters - 2 * (trained - adapters)
+    in_full, by_adapters = (flops_model(config, r).per_token.model for r in (Rates(), rates))
+    assert by_adapters == in_full * 2 / 3 + 6 * adapters
 
 
 def test_more_work_or_less_sharding_never_takes_less_memory():

@@ -29,7 +29,8 @@ NEEDED = ["--model", "m", "--run_dir", "r", "--data.sources", "s"]
 def recipe(model: str, stage: str, *options: str):
     """The run that `scripts/STAGE.py --config RECIPE` makes of a recipe."""
     given = ["--config", str(RECIPES / model / f"{stage}.yaml"), *NEEDED, *options]
-    return parse_run(given, default_recipe=RECIPES / "vicuna-7b" / f"{stage}.yaml")[0]
+    script = "pretrain" if stage == "pretrain" else "finetune"
+    return parse_run(given, default_recipe=RECIPES / "vicuna-7b" / f"{script}.yaml")[0]
 
 
 def llm_of(model: str) -> str:
@@ -56,6 +57,21 @@ def test_recipe_has_exactly_the_published_figures(model, stage):
     assert (tuple(optim.betas), optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0.0)
     assert (optim.warmup_ratio, optim.max_grad_norm, optim.loss_weighting) == (0.03, 1.0, "token")
     assert run.seed == 42 and run.max_steps is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_lora_recipe_has_the_published_figures_and_is_stage_2_in_all_else(model):
+    run, full = recipe(model, "lora"), recipe(model, "finetune")
+    lora, rates = run.lora, run.optim.rates
+    assert (lora.r, lora.alpha, lora.dropout, lora.targets) == (128, 256, 0.05, ["llm"])
+    assert (lora.rank_scaling, lora.dora) == ("lora", False)
+    assert (rates.llm, rates.projector, rates.vision, rates.newline) == (2e-4, 2e-5, None, 2e-5)
+    for key in ("template", "batch_size", "epochs", "max_length"):
+        assert getattr(run.data, key) == getattr(full.data, key)
+    assert (run.optim.warmup_ratio, run.optim.weight_decay, run.seed) == (0.03, 0.0, 42)
+    (command,) = commands(model, "lora")
+    assert (ROOT / command[3]).exists() and option(command, "--config") == f"scripts/recipes/{model}/lora.yaml"
+    assert option(command, "--model") == option(commands(model, "finetune")[0], "--model")
 
 
 @pytest.mark.parametrize("model", MODELS)
