@@ -21,7 +21,6 @@ NEEDED = ["--model", "m", "--run_dir", "r", "--data.sources", "s"]
 READMES = ["README.md", *(f"{d}/README.md" for d in ("data_tools", "llava_next", "scripts", "scripts/benchmarks"))]
 # of other programs: sbatch, pip, vLLM and the like
 STRANGE_OPTIONS = {"--nodes", "--gpus-per-node", "--array", "--dependency", "--parsable"}
-STRANGE_OPTIONS |= {"--enable-lora", "--max-lora-rank", "--enable-tower-connector-lora"}
 
 
 @cache
