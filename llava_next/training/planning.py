@@ -197,7 +197,7 @@ def layout_of(hardware: Hardware, launched: bool) -> Layout:
 
 def units_under(parts: Parts, rates: Rates) -> Units:
     """The model's units with what these rates train."""
-    model = empty_model(parts)
+    model = empty_model(replace(parts, lora=rates.lora))
     freeze(model, rates)
     return units(model)
 
@@ -211,6 +211,7 @@ def facts_of(config: RunConfig, picking: Picking) -> dict:
         "given": asdict(picking.wanted),
         "max_length": config.data.max_length,
         "trained": [name for name, rate in asdict(config.optim.rates).items() if rate is not None],
+        "lora": config.lora and asdict(config.lora),
         "factor": round(picking.factor, 4),
     }
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.hardware import parse_hardware
 from llava_next.training.forecast.activations import Compute
@@ -23,6 +24,8 @@ STEPS = Steps([profile_samples(128, seed) for seed in range(4)], longest=4096, m
 def counts_under(rates: Rates):
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(CONFIG)
+    if rates.lora:
+        add_adapters(model, rates.lora, seed=0)
     freeze(model, rates)
     return units(model)
 
@@ -133,8 +136,13 @@ def test_where_states_alone_are_too_large_only_what_fits_is_named(picking_for, c
     offloaded = replace(picking.layout, offload=True)
     two, llm = least(Rates(), Layout(2, Compute())), least(frozen, picking.layout, counts_under(frozen))
     host = least(Rates(), offloaded)
+    adapters = Rates(llm=2e-4, vision=None)
+    adapters.lora = Lora()
+    lora = least(adapters, picking.layout, counts_under(adapters))
+    assert lora < 0.25 * picked.need / 1e9
     assert ways_to_fit(picking, counts_under) == [
         f"2 such GPUs ({two:.1f} GB each)",
+        f"--lora.r 128 --optim.rates.llm 2e-4 --optim.rates.vision null ({lora:.1f} GB)",
         f"--optim.rates.llm null ({llm:.1f} GB)",
         f"fsdp_offload_params: true in the launch file ({host:.1f} GB, and 112.8 GB of host memory a rank; slow)",
     ]

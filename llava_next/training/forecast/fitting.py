@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 
+from llava_next.model.forward.lora import Lora
 from llava_next.training.devices.hardware import GPUS_PER_NODE
 from llava_next.training.forecast.budget import Units
 from llava_next.training.forecast.picking import Picking, Wanted
@@ -30,7 +32,12 @@ def ways_to_fit(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[s
         if (need := least(replace(picking, layout=replace(picking.layout, shard=ranks)))) <= memory:
             ways.append(f"{ranks} such GPUs ({_gb(need)} each)")
             break
-    for name in FREEZABLE:
+    if picking.rates.llm is not None and not picking.rates.lora and find_spec("peft"):
+        rates = replace(picking.rates, vision=None)
+        rates.lora = Lora()
+        if (need := least(replace(picking, rates=rates, counts=counts_of(rates)))) <= memory:
+            ways.append(f"--lora.r {rates.lora.r} --optim.rates.llm 2e-4 --optim.rates.vision null ({_gb(need)})")
+    for name in FREEZABLE if not picking.rates.lora else ():
         rates = replace(picking.rates, **{name: None})
         if getattr(picking.rates, name) is None or (rates.llm is None and rates.projector is None):
             continue
