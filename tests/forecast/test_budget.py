@@ -58,6 +58,8 @@ def counts_of(config, rates: Rates):
     """The units of a model that has no memory."""
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(config)
+    if rates.lora:
+        add_adapters(model, rates.lora, seed=0)
     freeze(model, rates)
     return units(model)
 
@@ -111,8 +113,9 @@ def test_kept_activations_are_those_that_autograd_keeps(llm, tower, rates, polic
     assert ours == pytest.approx(bytes_kept(model, batch), rel=0.06)
 
 
-# policy, reshard_after_forward, frozen modules
-STEPS = [["full", True, []], [2, False, []], ["selective", True, ["llm", "vision"]], ["none", True, []]]
+# policy, reshard_after_forward, frozen modules, rank of LoRA
+STEPS = [["full", True, [], 0], [2, False, [], 0], ["selective", True, ["llm", "vision"], 0]]
+STEPS += [["none", True, ["vision"], 16], ["selective", True, ["vision"], 16], ["none", True, [], 0]]
 
 
 @pytest.mark.parametrize(("processes", "steps"), [(1, STEPS), (2, STEPS[-1:])])
@@ -137,12 +140,15 @@ def compare_peaks(tmp_path, steps, processes: int, layout: Layout, launch_file: 
     save_model(LlavaNextForConditionalGeneration(config), tmp_path / "model", dtype=torch.float32)
     arguments = (tmp_path / "model", tmp_path / "peaks.json", json.dumps(steps))
     launch("tests/support/workers/memory.py", *arguments, processes=processes, config=launch_file)
-    for (policy, reshard, frozen), found in zip(steps, json.loads((tmp_path / "peaks.json").read_text()), strict=True):
+    for (policy, reshard, frozen, rank), found in zip(
+        steps, json.loads((tmp_path / "peaks.json").read_text()), strict=True
+    ):
         rates = Rates(**dict.fromkeys(frozen))
+        rates.lora = Lora(r=rank) if rank else None
         sizes = found["tokens"], found["tiles"], found["targets"]
         how = Layout(layout.shard, layout.compute, reshard, on_gpu=False)
         expected = estimate(config, counts_of(config, rates), rates, policy, how, *sizes).total
-        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen)
+        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen, rank)
 
 
 def test_tied_embedding_is_one_unit_with_the_head():
@@ -179,12 +185,8 @@ def test_frozen_parts_have_neither_gradients_nor_optimizer_state():
 def test_lora_has_states_of_adapters_only_and_no_weight_gradients_of_what_they_are_for():
     config, rates = full_config(VICUNA), lora_rates()
     rates.lora.r = 128
-    with torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(config)
-    add_adapters(model, rates.lora, seed=0)
-    freeze(model, rates)
     adapters = 128 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
-    found = estimate(config, units(model), rates, "full", Layout(1, BF16), 8192, 24)
+    found = estimate(config, counts_of(config, rates), rates, "full", Layout(1, BF16), 8192, 24)
     trained = adapters + counts_of(config, STAGE_1).whole.trainable
     assert found.gradients == 4 * trained and found.optimizer == 2 * found.gradients
     assert found.weights == 4 * trained + 2 * counts_of(config, Rates()).whole.parameters - 2 * (trained - adapters)

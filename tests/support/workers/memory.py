@@ -1,6 +1,7 @@
 """Run under `accelerate launch`: peak memory of a second training step, as the CPU allocator counts it.
 
-Usage: memory.py MODEL_FOLDER OUT_FILE CASES, where cases is a JSON list of [policy, reshard, [frozen module, ...]].
+Usage: memory.py MODEL_FOLDER OUT_FILE CASES, where cases is a JSON list of [policy, reshard, [frozen module, ...],
+rank of LoRA or 0].
 Everything a run holds is allocated under the profiler: the sharded model, the optimizer's state, a step of an empty
 micro-batch, and one of an empty and a full one. Writes a list of peak bytes, and tokens, tiles and targets of rank 0's
 full micro-batch.
@@ -16,6 +17,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.parallel import build_accelerator, finish, shard
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
@@ -50,7 +52,7 @@ def peak_bytes(profiler) -> int:
     return peak
 
 
-def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[str]) -> dict:
+def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[str], rank: int) -> dict:
     """Two steps of a fresh model under the eyes of the allocator."""
     plugin, on_gpu = accelerator.state.fsdp_plugin, accelerator.device.type == "cuda"
     plugin.activation_checkpointing, plugin.reshard_after_forward = policy != "none", reshard
@@ -64,6 +66,8 @@ def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[s
             attn_implementation=attention_names("varlen" if on_gpu else "sdpa"),
         )
         rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
+        if rank:
+            add_adapters(model, Lora(r=rank), seed=0)
         freeze(model, rates)
         model, optimizer = shard(
             accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), policy
