@@ -394,9 +394,7 @@ def test_exact_text_lengths_are_those_of_training(tmp_path):
     result = tool_result(*arguments_for(inputs, tmp_path / "out", *options))
     assert result.returncode == 0, result.stderr
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejected.jsonl").open()]
-    assert len(reasons) == 1 and reasons[0].startswith(
-        "template 'plain' takes one prompt"
-    )
+    assert len(reasons) == 1 and reasons[0].startswith("template 'plain' takes one prompt")
     _, rows = read_dataset(tmp_path / "out")
     run_tokenizer = AutoTokenizer.from_pretrained(composed)
     for name in ("mistral", "plain"):

@@ -1,4 +1,5 @@
-"""Older transformers releases load the exports of every pairing and compute the same.
+"""Older transformers releases load the exports of every pairing and compute the same, and adapters by the peft of their
+time.
 
 Builds a virtual environment for each release (torch as installed here; about 1.2 GB and a minute or two
 each) and keeps it in `~/.cache/llava-next-tests`, or in the folder that LLAVA_NEXT_TEST_CACHE names. To run it:
@@ -20,10 +21,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_next.model.folders.adapters import save_adapter
+from llava_next.model.folders.export import save_model
+from llava_next.model.forward.lora import Lora, add_adapters
+from llava_next.training.recipe.optim import Rates, freeze
 from support.exports import LLMS, PAIRINGS, compose_pairing, export_pairing
+from support.tiny import geometry, pixel_batch, random_samples, tiny_pair
 
 WANTED = os.environ.get("LLAVA_NEXT_OLD_TRANSFORMERS") == "1"
 RELEASES = ("4.45.2", "4.49.0", "4.57.6")
+PEFT = {"4.45.2": "0.13.2", "4.57.6": "0.18.0"}  # of the time
 WORKER = Path(__file__).parents[1] / "support" / "workers" / "load_export.py"
 CACHE = Path(os.environ.get("LLAVA_NEXT_TEST_CACHE", Path.home() / ".cache" / "llava-next-tests"))
 TOLERANCE = 1e-5
@@ -36,13 +43,14 @@ pytestmark = [
 ]
 
 
-def environment(release: str) -> Path:
+def environment(release: str, peft: str | None = None) -> Path:
     """The Python of a virtual environment with that transformers and this one's torch, numpy and Pillow."""
-    folder = CACHE / f"transformers-{release}-torch-{version('torch').split('+')[0]}"
+    folder = CACHE / f"transformers-{release}-{f'peft-{peft}-' if peft else ''}torch-{version('torch').split('+')[0]}"
     if not (folder / "complete").exists():
         venv.create(folder, clear=True, with_pip=True)
         same = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "numpy", "pillow")]
         command = [folder / "bin" / "python", "-m", "pip", "install", "-q", f"transformers=={release}", *same]
+        command += [f"peft=={peft}"] if peft else []
         done = subprocess.run([*command, "jinja2"], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / "complete").touch()
@@ -101,3 +109,37 @@ def test_old_release_loads_every_key_and_computes_the_same(old, present, pairing
     for case, value in their_tensors.items():
         if dtype == "float32" or case.startswith("pixels"):
             torch.testing.assert_close(value, our_tensors[case], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> list[Path]:
+    """LoRA in all of a tiny Llama + CLIP, and DoRA in the language model of it with the projector in full."""
+    kinds = [Lora(r=4, alpha=8, targets=["llm", "vision", "projector"]), Lora(r=4, alpha=8, dora=True)]
+    folders = []
+    for lora in kinds:
+        folder = tmp_path_factory.mktemp("adapters")
+        model, _ = tiny_pair(folder / "start")
+        add_adapters(model, lora, seed=0)
+        freeze(model, Rates(vision=1e-3 if "vision" in lora.modules else None))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+        save_adapter(model, folder / "adapter", lora, folder / "start", folder)
+        save_model(model, folder / "model", dtype=torch.float32)
+        example, sizes = random_samples(0, 1, images=(1,))[0]
+        inputs = pixel_batch([example], [sizes], geometry(model.config), model.config)
+        torch.save({name: value for name, value in inputs.items() if name != "labels"}, folder / "inputs.pt")
+        folders.append(folder)
+    return folders
+
+
+@pytest.mark.parametrize("release", PEFT)
+def test_old_release_puts_every_tensor_of_an_adapter_in_its_place(adapters, release, tmp_path):
+    python, worker = environment(release, PEFT[release]), WORKER.with_name("load_adapter.py")
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [str(python), str(worker), str(tmp_path / "found.json"), *map(str, adapters)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    for found in json.loads((tmp_path / "found.json").read_text()):
+        assert found["lost"] == [] and found["base"] and found["placed"]
+        assert found["differs"] < TOLERANCE < found["off"]
