@@ -1,6 +1,6 @@
 """Makes the demo data set: scanned digits in rows, columns and grids, as LLaVA JSON and PNG files.
 
-    python data_tools/make_digits.py --out demo/digits --train 24000 --held_out 500 --seed 0
+    python data_tools/make_digits.py --out demo/digits --train 16000 --held_out 500 --seed 0
 
 The scans are scikit-learn's `load_digits`: 1,797 real ones of 8 x 8 pixels, from the UCI Optical Recognition of
 Handwritten Digits set. A picture holds one to six of them in cells of 28 to 31 pixels. With tiles of 32 pixels and a
@@ -327,7 +327,7 @@ def show_progress(folders: Iterable[list], total: int) -> Iterator[list]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=local_path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=24000, help="training samples (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=16000, help="training samples (default: %(default)s)")
     parser.add_argument("--held_out", type=int, default=500, help="held-out samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other pictures (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")

@@ -21,7 +21,7 @@ part() { # part NAME COMMAND...: runs a part and keeps its time
     times+="$(printf '%-12s %4d s' "$name" $((SECONDS - start)))"$'\n'
 }
 
-make_data() { $python data_tools/make_digits.py --out "$demo/digits" --train 24000 --held_out 500 --seed 0 --workers "$cores"; }
+make_data() { $python data_tools/make_digits.py --out "$demo/digits" --train 16000 --held_out 500 --seed 0 --workers "$cores"; }
 
 compose_model() {
     if [ -f "$demo/base/config.json" ]; then echo "$demo/base is there already"; return; fi
@@ -42,7 +42,9 @@ launch() { # launch SCRIPT RUN_DIR ARGUMENTS...: one stage, unless its result is
     local script=$1 run=$2
     shift 2
     if [ -f "$run/model/config.json" ]; then echo "$run/model is there already"; return; fi
-    $python -m accelerate.commands.launch --config_file "$config" ${processes[@]+"${processes[@]}"} "$script" --run_dir "$run" "$@"
+    # one FSDP2 unit: with 2 M parameters a gather for each layer costs more than it saves
+    $python -m accelerate.commands.launch --config_file "$config" --fsdp_auto_wrap_policy NO_WRAP \
+        ${processes[@]+"${processes[@]}"} "$script" --run_dir "$run" "$@"
     [ -f "$run/model/config.json" ] || { echo "stopped in $run: run this again to go on from there" >&2; exit 1; }
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data as photos
+from transformers import LlavaNextConfig
 
 import build_shards
 import inspect_shards as tool
@@ -23,6 +24,8 @@ from llava_next.data.format.shards import RawSample, StripInfo, encode_strip, re
 from llava_next.data.format.writer import ShardWriter
 from llava_next.data.loading.loader import LoaderOptions, build_loader
 from llava_next.data.storage.client import Storage
+from llava_next.model.folders import dry
+from llava_next.templates import get_template
 from llava_next.training.checkpoints.mirror import MANIFEST
 from llava_next.training.checkpoints.recovery import FORMAT, checkpoint_name, state_checksum
 from llava_next.training.setup import load_parts
@@ -396,3 +399,13 @@ def test_histogram_has_every_value_in_one_bar_and_names_its_tail():
     assert sum(h["counts"]) == 1001 and len(h["counts"]) <= 24 and h["is_open"] and h["most"] == 10**6
     assert h["counts"][0] == h["width"] == 50 and h["median"] == 500
     assert histogram("x", "px", np.zeros(0))["counts"] == []
+
+
+def test_the_models_own_template_is_taken_where_no_recipe_names_one(tmp_path, monkeypatch, capsys):
+    vision, llm = dry.demo_configs()
+    LlavaNextConfig(vision_config=vision, text_config=llm).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(get_template("llama_3").jinja)
+    monkeypatch.setattr(tool, "load_parts", lambda config: None)
+    given = dict.fromkeys(("config", "template", "image_root")) | {"model": str(tmp_path), "url": "x", "overrides": []}
+    config, _ = tool.load_run(SimpleNamespace(**given))
+    assert config.data.template == "llama_3" and "llama3-8b/finetune.yaml" in capsys.readouterr().out
