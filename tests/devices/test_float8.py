@@ -18,7 +18,7 @@ from llava_next.training.devices import float8
 from llava_next.training.devices.float8 import check_device, use_float8
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import apply_checkpointing, compile_layers
-from llava_next.training.recipe.config import RunConfig, check_run
+from llava_next.training.recipe.config import RunConfig, Source, check_run
 from llava_next.training.recipe.optim import Rates, freeze
 from support.exports import assert_stock_export
 from support.launching import launch
@@ -143,7 +143,7 @@ def test_two_ranks_in_float8_checkpoint_and_export_as_without_it(torchao, tmp_pa
 
 def run_config(**changes) -> RunConfig:
     config = RunConfig(model="m", run_dir="r", float8=True, **changes)
-    config.data.sources = ["d"]
+    config.data.sources = [Source("d")]
     return config
 
 
