@@ -86,8 +86,12 @@ def until_step(process: subprocess.Popen, run: Path, step: int) -> None:
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The training processes below a launcher."""
-    found = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in found if "RANK" in p.environ() and any("finetune.py" in word for word in p.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended since
+            if "RANK" in child.environ() and any("finetune.py" in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def result(run: Path) -> dict[str, torch.Tensor]:
