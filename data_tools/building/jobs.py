@@ -363,8 +363,12 @@ def check_share(
     report(output, entries)
     for number in () if keep else lacking:
         output.storage.delete(f"{STATE_FOLDER}/{number:06d}.parquet")
-    cure = "allow more, or mend them and build the parts in another --out" if keep else "mend them, or allow more"
+    why, cure = f", more than --max_rejected_share {max_share} allows", "mend them, or allow more"
+    if rejected == samples:
+        why, cure = ": none is left", "mend them"
+    elif keep:
+        cure = "allow more, or mend them and build the parts in another --out"
     raise ValueError(
-        f"{rejected} of {samples} samples rejected, more than --max_rejected_share {max_share} allows; no data set "
-        f"written: {cure}. See {output.storage.address(REPORT_FILE)}; most often: " + "; ".join(common_reasons(entries))
+        f"{rejected} of {samples} samples rejected{why}; no data set written: {cure}. "
+        f"See {output.storage.address(REPORT_FILE)}; most often: " + "; ".join(common_reasons(entries))
     )
