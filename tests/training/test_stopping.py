@@ -87,7 +87,7 @@ def until_step(process: subprocess.Popen, run: Path, step: int) -> None:
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The training processes below a launcher."""
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in tree(process)[1:]:
         with contextlib.suppress(psutil.NoSuchProcess):  # ended since
             if "RANK" in child.environ() and any("finetune.py" in word for word in child.cmdline()):
                 found.append(child)
