@@ -171,14 +171,12 @@ def with_default_budgets(config: RunConfig) -> RunConfig:
 
 def wanted_by(config: RunConfig, launched: bool) -> Wanted:
     """What the configuration decides, and the launch file: without its checkpointing nothing is computed twice."""
-    given = [None if v == "auto" else v for v in (config.activation_checkpointing, *_budgets(config))]
+    data = config.data
+    options = (config.activation_checkpointing, data.token_budget, data.tile_budget)
+    given = [None if option == "auto" else option for option in options]
     if launched and checkpointing_policy("full") == "none":
         given[0] = "none"
     return Wanted(*given)
-
-
-def _budgets(config: RunConfig) -> tuple:
-    return config.data.token_budget, config.data.tile_budget
 
 
 def layout_of(hardware: Hardware, launched: bool) -> Layout:

@@ -75,6 +75,7 @@ FORMS = {
     ),
     "prompt": Form({"prompt": "<image>\nWhat?", "completion": "This.", "image": "red.png"}, ONE, "r"),
     "prompt_chat": Form({"prompt": chat("What?")[:1], "completion": chat("")[1:], "images": ["red.png"]}, SAID, "r"),
+    "answer_like_a_file": Form({"prompt": "Which file?", "completion": "cat.png"}, turns("Which file?", "cat.png")),
     "caption": Form({"image": "red.png", "caption": "Red."}, turns("<image>", "Red."), "r"),
     "wins_over_prompt": Form({"prompt": "Hi", "messages": chat("Hi")}, spelt(("user", "Hi"), ("assistant", "This."))),
     # system prompts

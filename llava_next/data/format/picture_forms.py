@@ -7,6 +7,7 @@ image root (`picture_file`).
 import base64
 import binascii
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +59,13 @@ def pictures_of(record: dict) -> list[str | bytes | Picture]:
     return []
 
 
-def media_key(record: dict) -> str | None:
-    """Of a record without pictures under the known keys: another key that names one, or a video; None: no such key."""
-    known = {"id", "source", "data_source", *(key for group in PICTURE_KEYS for key in group)}
+def media_key(record: dict, texts: Iterable[str]) -> str | None:
+    """Of a record without pictures under the known keys: another key that names one, or a video; None: no such key.
+
+    Args:
+        texts: keys that hold texts, whatever these say.
+    """
+    known = {"id", "source", "data_source", *texts, *(key for group in PICTURE_KEYS for key in group)}
     for key, value in record.items():
         if key in known or str(key).lower().endswith("_id"):
             continue

@@ -76,7 +76,7 @@ def read_record(record: dict, *, allow_text_image_token: bool = False) -> Record
             f"a question has {IMAGE_TOKEN}, and the record has no picture: its keys are {key_names(record)}. Put the "
             "picture under 'image' or 'images'; if the characters are meant, a build takes --allow_text_image_token"
         )
-    if not pictures and (key := media_key(record)) is not None:
+    if not pictures and (key := media_key(record, (*TEXT_KEYS, *SYSTEM_KEYS))) is not None:
         raise BadSample(
             f"{key} names a picture, and that is no key for one: put it under 'image' or 'images', or take the key out "
             "to train on the text alone"
