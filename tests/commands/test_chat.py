@@ -165,7 +165,7 @@ def test_interrupted_answer_is_kept_as_far_as_it_was_shown(conversation):
 
 
 def test_spelled_placeholder_of_an_answer_does_not_end_the_conversation(conversation, monkeypatch):
-    monkeypatch.setattr(conversation, "_generate", lambda inputs: iter(["an <image> ", "it is"]))
+    monkeypatch.setattr(conversation, "_generate", lambda *_: iter(["an <image> ", "it is"]))
     assert conversation.ask("What is it?", [], lambda piece: None) == "an <image> it is"
     monkeypatch.undo()
     assert conversation.ask("And now?", [picture(0)], lambda piece: None) is not None

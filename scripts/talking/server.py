@@ -1,0 +1,179 @@
+"""The page's requests, by Starlette and uvicorn (extra `web`); nothing is fetched from elsewhere, nothing sent there."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from ipaddress import ip_address
+from pathlib import Path
+from threading import Event
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from talking.answering import Answerer, read_asked
+from talking.models import choices
+from talking.pictures import MAX_BYTES
+
+PAGE = Path(__file__).parent / "page"
+FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "drawing.js": "text/javascript"}
+MAX_CHAT_BYTES = 8 << 20
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+class TooLarge(ValueError):
+    """A request has more bytes than it may."""
+
+
+class OwnPageOnly:
+    """Refuses what other sites' pages send here, and puts `HEADERS` on every answer."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_with_headers(message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
+            await send(message)
+
+        headers = Request(scope).headers
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            return await refused(f"{origin} is another page", 403)(scope, receive, send_with_headers)
+        return await self.app(scope, receive, send_with_headers)
+
+
+def refused(text: str, status: int = 400) -> Response:
+    return JSONResponse({"error": text}, status)
+
+
+async def body_of(request: Request, most: int) -> bytes:
+    """The request's body. Raises TooLarge before more than `most` bytes are in memory."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > most:
+            raise TooLarge(f"larger than {most >> 20} MB")
+    return bytes(data)
+
+
+def make_app(answerer: Answerer, defaults: dict, hosts: list[str]) -> Starlette:
+    """The application.
+
+    Args:
+        defaults: `max_new_tokens` and `temperature` that the page begins with.
+        hosts: names that it may be asked under; `*`: any.
+    """
+    running: set[asyncio.Task] = set()
+    turn = asyncio.Lock()  # one answer at a time
+
+    async def page(request: Request) -> Response:
+        name = request.path_params.get("name", "")
+        if name not in FILES:
+            return refused("no such file", 404)
+        return Response((PAGE / (name or "index.html")).read_bytes(), media_type=FILES[name])
+
+    async def models(request: Request) -> Response:
+        try:
+            found = await asyncio.to_thread(choices, answerer.given)
+        except ValueError as error:
+            return refused(str(error))
+        now = answerer.loaded.choice.name if answerer.loaded else None
+        return JSONResponse({"models": [choice.name for choice in found], "loaded": now, "defaults": defaults})
+
+    async def picture(request: Request) -> Response:
+        model = request.query_params.get("model", "")
+        try:
+            id = request.path_params.get("id")
+            if id is None:
+                id = await asyncio.to_thread(answerer.pictures.add, await body_of(request, MAX_BYTES))
+            return JSONResponse(await asyncio.to_thread(answerer.show, id, model))
+        except TooLarge as error:
+            return refused(str(error), 413)
+        except Exception as error:  # whatever a file makes the decoder raise
+            return refused(" ".join(str(error).split()))
+
+    async def ask(request: Request) -> Response:
+        try:
+            asked = read_asked(json.loads(await body_of(request, MAX_CHAT_BYTES)))
+        except TooLarge as error:
+            return refused(f"the chat is {error}", 413)
+        except (ValueError, RecursionError) as error:  # no JSON, or no question
+            return refused(str(error))
+        return StreamingResponse(events(asked), media_type="application/x-ndjson")
+
+    async def events(asked) -> AsyncIterator[bytes]:
+        """A line of JSON an event. The answer stops when nobody reads them any more."""
+        loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue(), Event()
+
+        def put(event: dict | None) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        async def work() -> None:
+            try:
+                if turn.locked():
+                    put({"event": "waiting"})
+                async with turn:
+                    await asyncio.to_thread(answerer.answer, asked, put, stop)
+            finally:
+                put(None)
+
+        task = loop.create_task(work())
+        running.add(task)  # a task that nobody holds may be lost
+        task.add_done_callback(running.discard)
+        try:
+            while (event := await queue.get()) is not None:
+                yield json.dumps(event).encode() + b"\n"
+        finally:
+            stop.set()
+
+    routes = [
+        Route("/", page),
+        Route("/models", models),
+        Route("/pictures", picture, methods=["POST"]),
+        Route("/pictures/{id}", picture),
+        Route("/ask", ask, methods=["POST"]),
+        Route("/{name}", page),
+    ]
+    guards = [Middleware(OwnPageOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
+    return Starlette(routes=routes, middleware=guards)
+
+
+def serve(answerer: Answerer, defaults: dict, host: str, port: int) -> None:
+    """Serves the page until Ctrl-C. Raises OSError: the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listener:
+        own = is_own(host)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{listener.getsockname()[1]}/  (Ctrl-C ends)", flush=True)
+        if not own:
+            print("note: whoever reaches this machine at that port can use the model", flush=True)
+        # names that another site's page could point here are none of ours
+        hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host] if own else ["*"]
+        app = make_app(answerer, defaults, hosts)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def is_own(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
