@@ -72,6 +72,7 @@ def choices(given: str) -> list[Choice]:
 
 def _in_run(run: Path) -> list[Path]:
     """Folders of a run that may be models: the result, adapter, those of steps, newest first, and the others."""
+
     def rank(path: Path) -> tuple:
         step = path.name.removeprefix(STEP)
         order = ["model", "adapter"].index(path.name) if path.name in ("model", "adapter") else 3

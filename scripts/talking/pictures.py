@@ -11,7 +11,7 @@ from threading import Lock
 from PIL import Image
 
 from llava_next.anyres import AnyRes
-from llava_next.data.format.pictures import IMAGE_FORMATS, open_rgb
+from llava_next.data.format.pictures import IMAGE_FORMATS, MAX_PIXELS, open_rgb
 
 sys.path.append(str(Path(__file__).parents[2] / "data_tools"))
 from doctor.report_samples import show_picture
@@ -59,6 +59,8 @@ class Pictures:
                 if "UnidentifiedImageError" in str(error):
                     kinds = ", ".join(IMAGE_FORMATS)
                     raise ValueError(f"not a picture of a format that is read here ({kinds})") from error
+                if "DecompressionBomb" in str(error):
+                    raise ValueError(f"more than {MAX_PIXELS // 10**6} million pixels") from error
                 raise
 
     def show(self, id: str, anyres: AnyRes | None) -> dict:

@@ -95,7 +95,8 @@ def make_app(answerer: Answerer, defaults: dict, hosts: list[str]) -> Starlette:
         except ValueError as error:
             return refused(str(error))
         now = answerer.loaded.choice.name if answerer.loaded else None
-        return JSONResponse({"models": [choice.name for choice in found], "loaded": now, "defaults": defaults})
+        names = [choice.name for choice in found]
+        return JSONResponse({"given": answerer.given, "models": names, "loaded": now, "defaults": defaults})
 
     async def picture(request: Request) -> Response:
         model = request.query_params.get("model", "")
