@@ -13,6 +13,7 @@ model folder is loaded as anybody else would load it, nothing of this project ru
 import math
 import sys
 import unicodedata
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from PIL import Image
@@ -143,6 +144,7 @@ def talk_in_terminal(args) -> None:
 
 def talk_on_page(args) -> None:
     """Serves the page until Ctrl-C, with the first model loaded."""
+    sys.path.append(str(Path(__file__).parents[1] / "data_tools"))  # its drawings of tiles and tokens
     try:
         from talking.server import serve
     except ModuleNotFoundError as error:

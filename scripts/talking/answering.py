@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from doctor.report_samples import TokenTexts
 from talking.conversation import Prompt, one_line, start
 from talking.models import Choice, choices, geometry, load
 from talking.pictures import Pictures
-
-from doctor.report_samples import TokenTexts
 
 MAX_TURNS = 1000
 MOST_NEW_TOKENS = 1 << 20

@@ -2,19 +2,15 @@
 
 import hashlib
 import io
-import sys
 from base64 import b64encode
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 
 from PIL import Image
 
+from doctor.report_samples import show_picture
 from llava_next.anyres import AnyRes
 from llava_next.data.format.pictures import IMAGE_FORMATS, MAX_PIXELS, open_rgb
-
-sys.path.append(str(Path(__file__).parents[2] / "data_tools"))
-from doctor.report_samples import show_picture
 
 MAX_BYTES = 50 << 20  # of one picture
 KEPT_BYTES = 1 << 30  # of all; the oldest go first

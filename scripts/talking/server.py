@@ -1,4 +1,4 @@
-"""The page's requests, by Starlette and uvicorn (extra `web`); nothing is fetched from elsewhere, nothing sent there."""
+"""The page's requests, by Starlette and uvicorn (extra `web`). Nothing is fetched from elsewhere or sent there."""
 
 import asyncio
 import json

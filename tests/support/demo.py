@@ -1,6 +1,7 @@
 """The quickstart's data and model, small: scanned digits, their shards, and a tiny model composed for them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 import build_shards
 import compose as compose_command
 import make_digits
+from llava_next.model.folders.adapters import save_adapter
 from llava_next.model.folders.compose import compose, random_part
 from llava_next.model.folders.dry import DEMO_PINPOINTS, corpus_texts, demo_configs, train_tokenizer
+from llava_next.model.forward.lora import Lora, add_adapters
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 
 
 def build_demo(folder: Path, samples: int) -> None:
@@ -50,3 +54,21 @@ def compose_demo(out: Path, samples: Path, template: str = "mistral") -> Path:
     return compose(
         random_part(vision, 0), random_part(llm, 0), tokenizer, template, out, DEMO_PINPOINTS, dtype=torch.float32
     )
+
+
+def build_run(run: Path) -> Path:
+    """What training leaves in a run folder, with random weights: `model`, two steps, an adapter for `model`."""
+    make_digits.build(run / "digits", train=20, held_out=1, seed=0)
+    compose_demo(run / "model", run / "digits/train.json")
+    (run / "config.yaml").write_text("seed: 1\n")
+    for name in ("model-step-20", "model-step-100"):
+        shutil.copytree(run / "model", run / name)
+    model = LlavaNextForConditionalGeneration.from_pretrained(run / "model")
+    lora = Lora(r=4, alpha=8, targets=["llm"], dropout=0.0)
+    add_adapters(model, lora, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+            parameter += 0.2 * torch.randn_like(parameter) * ("lora_" in name)
+    save_adapter(model, run / "adapter", lora, run / "model", run / "model")
+    return run
