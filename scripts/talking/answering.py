@@ -146,7 +146,7 @@ class Answerer:
             put({"event": "note", "text": note})
         put({"event": "prompt", "tokens": len(prompt.ids), "parts": prompt_parts(prompt, model, processor, choice)})
         started = time.monotonic()
-        text = chat.answer(prompt, lambda piece: put({"event": "piece", "text": piece}), stop)
+        text = chat.answer(prompt, lambda piece: piece and put({"event": "piece", "text": piece}), stop)
         seconds = round(time.monotonic() - started, 2)
         put({"event": "end", "text": text, "seconds": seconds, "cut": chat.is_cut, "stopped": stop.is_set()})
 

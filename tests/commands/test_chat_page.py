@@ -150,9 +150,8 @@ def test_pictures_are_asked_about_and_answered_as_in_the_terminal(page, chat):
     assert ended(page) == chat.ask("And now?", [], lambda piece: None)
     page.click(".turn:last-child .show-prompt")
     prompt = page.locator(".prompt").text_content()
-    assert [word in prompt for word in ("<s>", "picture 1: 18 tokens", "picture 2: 18 tokens", "And now? [/INST]")] == [
-        True
-    ] * 4
+    for text in ("<s>", "picture 1: 18 tokens", "picture 2: 18 tokens", "And now? [/INST]"):
+        assert text in prompt
     chat.max_new_tokens = LONGEST
 
 
@@ -169,7 +168,6 @@ def test_answers_stream_and_stop_and_are_made_again(page, chat, long_question):
     for way, again in zip((*stops, ""), ("#send", ".again", ".again"), strict=True):
         page.evaluate(f"window.texts = []; window.stopAfterThree = () => {{ {way} }}")
         page.click(again)
-        page.wait_for_selector(".busy")
         said, texts = ended(page), page.evaluate("window.texts")
         assert len(texts) >= 3 and all(whole.startswith(text.strip()) for text in texts)  # it grew as it was made
         assert whole.startswith(said.strip()) and (len(said) < len(whole)) == bool(way)

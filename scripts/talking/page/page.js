@@ -50,7 +50,7 @@ async function lookForModels() {
     return;
   }
   if (!running) byId("state").textContent = "";
-  document.title = found.given;
+  document.title = byId("given").textContent = found.given;
   const before = [...models.options].map((option) => option.value), chosen = models.value;
   for (const [id, value] of [["temperature", found.defaults.temperature], ["most", found.defaults.max_new_tokens]])
     if (byId(id).value === "") byId(id).value = value;
