@@ -146,7 +146,7 @@ def talk_on_page(args) -> None:
     """Serves the page until Ctrl-C, with the first model loaded."""
     sys.path.append(str(Path(__file__).parents[1] / "data_tools"))  # its drawings of tiles and tokens
     try:
-        from talking.server import serve
+        from talking.server import listen, serve
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
@@ -154,8 +154,11 @@ def talk_on_page(args) -> None:
     from talking.answering import Answerer
 
     answerer = Answerer(args.model, args.system)
-    answerer.load(choices(args.model)[0])
-    serve(answerer, {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}, args.host, args.port)
+    first = choices(args.model)[0]
+    with listen(args.host, args.port) as listener:
+        answerer.load(first)
+        options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        serve(answerer, options, args.host, listener)
 
 
 if __name__ == "__main__":

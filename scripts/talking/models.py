@@ -49,10 +49,12 @@ def choices(given: str) -> list[Choice]:
             that are whole now.
 
     Raises:
-        ValueError: a run folder, or another without a model, in which nothing is whole.
+        ValueError: no such folder, or one without a model in which nothing is whole.
     """
     folder = Path(given)
     if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) != 2:  # a name on the hub has two
+            raise ValueError(f"{given}: no such folder")
         return [Choice(given, given)]
     is_model = (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
     run = folder.resolve().parent if is_model else folder

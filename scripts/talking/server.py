@@ -156,20 +156,31 @@ def make_app(answerer: Answerer, defaults: dict, hosts: list[str]) -> Starlette:
     return Starlette(routes=routes, middleware=guards)
 
 
-def serve(answerer: Answerer, defaults: dict, host: str, port: int) -> None:
-    """Serves the page until Ctrl-C. Raises OSError: the address cannot be listened on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listener:
-        own = is_own(host)
-        shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{listener.getsockname()[1]}/  (Ctrl-C ends)", flush=True)
-        if not own:
-            print("note: whoever reaches this machine at that port can use the model", flush=True)
-        # names that another site's page could point here are none of ours
-        hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host] if own else ["*"]
-        app = make_app(answerer, defaults, hosts)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
-        uvicorn.Server(config).run(sockets=[listener])
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at that address, port 0: any free one. Raises OSError: there can be none."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host {host} --port {port}: cannot be listened on: {error}") from error
+
+
+def serve(answerer: Answerer, defaults: dict, host: str, listener: socket.socket) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        host: that the listener was made for.
+    """
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listener.getsockname()[1]}/  (Ctrl-C ends)", flush=True)
+    hosts = ["*"]
+    if is_own(host):
+        hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host]  # no name that another site's page could point here
+    else:
+        print("note: whoever reaches this machine at that port can use the model", flush=True)
+    app = make_app(answerer, defaults, hosts)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def is_own(host: str) -> bool:
