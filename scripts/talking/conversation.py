@@ -148,10 +148,10 @@ class Chat:
         most = min(self.max_new_tokens, self.model.config.get_text_config().max_position_embeddings - length)
         options = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failures, made = [], []
+        failures, made, left = [], [], Event()
 
         def asked(ids: torch.Tensor, *_, **__) -> torch.Tensor:
-            return torch.full((len(ids),), stop.is_set(), device=ids.device)
+            return torch.full((len(ids),), stop.is_set() or left.is_set(), device=ids.device)
 
         def run() -> None:
             try:
@@ -169,7 +169,7 @@ class Chat:
         try:
             yield from streamer
         finally:
-            stop.set()
+            left.set()
             thread.join()
         if failures:
             raise RuntimeError(f"the model could not answer: {one_line(failures[0])}") from failures[0]

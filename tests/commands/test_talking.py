@@ -88,6 +88,7 @@ def test_answer_on_the_page_is_the_terminals_and_its_events_tell_the_prompt(answ
     first = chat.ask("What number is written?", pictures, lambda piece: None)
     events = ask(answerer, ask={"question": "What number is written?", "pictures": [id]})
     assert [event["event"] for event in events][:2] == ["loading", "prompt"] and events[-1]["event"] == "end"
+    assert events[-1]["cut"] and not events[-1]["stopped"]
     assert events[-1]["text"] == first == "".join(e["text"] for e in events if e["event"] == "piece").strip()
     # a tile is 2 x 2 patches; of the 4 x 6 patches of 2 x 3 tiles, 90 x 40 px fill two rows
     parts = events[1]["parts"]

@@ -2,7 +2,7 @@
 
     python scripts/chat.py --model demo/finetune --web
     python tests/support/page_pictures.py demo/digits/images/held_out/000/000000.png \
-        demo/digits/images/held_out/000/000016.png --out scripts/pictures
+        demo/digits/images/held_out/000/000005.png --out scripts/pictures
 
 Needs Chromium and playwright, see tests/commands/test_chat_page.py.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-SIZES = {"page": (1000, 720, "light"), "phone": (390, 720, "dark")}
+SIZES = {"page": (1000, 720, "light"), "phone": (390, 844, "dark")}
 
 
 def main() -> None:
