@@ -1,0 +1,131 @@
+"""What is asked: lmms-eval's tasks by name, from local data where there are some, and a user's own questions as one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from datasets.exceptions import DatasetsError
+from lmms_eval.api.task import ConfigurableTask
+from lmms_eval.tasks import TaskManager, get_task_dict
+from tenacity import RetryError, stop_after_attempt
+
+from evaluation.metrics import Metric
+from evaluation.model import CHAT
+from evaluation.questions import Question
+
+PROMPTS_OF = "llava_hf"  # whose prompts a task takes where it has several
+NAMES_SHOWN = 5
+
+
+class Tasks(TaskManager):
+    """lmms-eval's tasks, their data from a folder where it has them.
+
+    Args:
+        data: folder with data sets as they lie on the hub, `DATA/ORG/NAME/...`; None: the hub and its cache only.
+        own: folder with more tasks, as YAML files of lmms-eval.
+    """
+
+    def __init__(self, data: Path | None = None, own: Path | None = None):
+        super().__init__("ERROR", include_path=None if own is None else f"{own}/", model_name=PROMPTS_OF)
+        self.data = data
+
+    def _get_config(self, name: str) -> dict:
+        config = super()._get_config(name)
+        path = config.get("dataset_path")
+        if path and self.data is not None and (self.data / path).is_dir():
+            config["dataset_path"] = str(self.data / path)
+        return config
+
+    def leaves(self, names: Sequence[str]) -> list[str]:
+        """The tasks of these names, groups taken apart. Raises ValueError: a name that there is not, with near ones."""
+        found: list[str] = []
+        for name in names:
+            if name not in self.task_index:
+                near = difflib.get_close_matches(name, self.all_tasks, NAMES_SHOWN, 0.5)
+                raise ValueError(
+                    f"--tasks: {name!r} is no task of lmms-eval"
+                    + (f"; the nearest names are {', '.join(near)}" if near else "")
+                )
+            parts = [name]
+            if not (self._name_is_task(name) or self._name_is_python_task(name)):
+                parts = self.task_index[name]["task"]
+                parts = self._get_config(name)["task"] if parts == -1 else parts
+                parts = self.leaves([part if isinstance(part, str) else part["task"] for part in parts])
+            found += [part for part in parts if part not in found]
+        return found
+
+    def load(self, name: str) -> ConfigurableTask:
+        """A task with its data.
+
+        Raises:
+            ValueError: the data are not here and cannot be reached; says what to fetch and where to put it.
+        """
+        path = self._get_config(name).get("dataset_path")
+        # lmms-eval tries five times; of a network that is switched off nothing comes later
+        patience = ConfigurableTask.download.retry.stop
+        if datasets.config.HF_HUB_OFFLINE:
+            ConfigurableTask.download.retry.stop = stop_after_attempt(1)
+        try:
+            return get_task_dict([name], self)[name]
+        except (RetryError, OSError, DatasetsError) as error:
+            if path is None:
+                raise ValueError(f"--tasks: {name} cannot be loaded: {_cause(error)}") from error
+            place = self.data or "DATA"
+            raise ValueError(
+                f"--tasks: {name} needs the data set {path}, which is not here and cannot be fetched ({_cause(error)}). "
+                f"Where there is a network: hf download {path} --repo-type dataset --local-dir {place}/{path}; then "
+                f"give --data {place}"
+            ) from error
+        finally:
+            ConfigurableTask.download.retry.stop = patience
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong at last, in one line."""
+    if isinstance(error, RetryError):
+        error = error.last_attempt.exception() or error
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class OwnQuestions(ConfigurableTask):
+    """A user's questions as a task of lmms-eval: prompts and pixels of training, one metric."""
+
+    def __init__(self, name: str, questions: Sequence[Question], metric: Metric, most: int):
+        self._questions = questions
+        config = {
+            "task": name,
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": lambda doc: doc["question"],
+            "doc_to_target": lambda doc: doc["target"],
+            "doc_to_visual": lambda doc: questions[doc["row"]].pictures(),
+            "process_results": lambda doc, results: {metric.name: metric.score(results[0], questions[doc["row"]])},
+            "metric_list": [{"metric": metric.name, "aggregation": "mean", "higher_is_better": True}],
+            "generation_kwargs": {"max_new_tokens": most, "do_sample": False},
+        }
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: dict | None = None) -> None:
+        documents = [
+            {
+                "row": row,
+                "id": question.id,
+                "question": question.shown,
+                "target": question.right,
+                CHAT: json.dumps(question.messages()),
+            }
+            for row, question in enumerate(self._questions)
+        ]
+        self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(documents)})
+        self.dataset_no_image = self.dataset
+
+
+def go_offline() -> None:
+    """Data sets and models are looked for on this machine only; to be called before lmms-eval is imported."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ.setdefault(name, "1")
