@@ -7,8 +7,8 @@
 The first needs stock transformers only. Samples may have any number of pictures and lie in any file that
 data_tools/build_shards.py reads. Those that cannot be asked are left out of the score, counted and named. The model
 folder is loaded by `AutoModelForImageTextToText` and `AutoProcessor` as anybody else would load it; nothing of this
-project runs the model. With --tasks or --metric lmms-eval asks and scores (extra `eval`), through `accelerate launch` on
-several GPUs, and --out is a folder: scores.json, samples/NAME.jsonl and row.md. Run again it goes on.
+project runs the model. With --tasks or --metric lmms-eval asks and scores (extra `eval`), through `accelerate launch`
+on several GPUs, and --out is a folder: scores.json, samples/NAME.jsonl and row.md. Run again it goes on.
 """
 
 import json
@@ -57,13 +57,11 @@ def parse() -> Namespace:
     """What the command line asks for."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--model", type=folder_or_name, required=True, help="model folder; adapters with lmms-eval only"
+        "--model", type=folder_or_name, required=True, help="model folder; an adapter with lmms-eval only"
     )
     add_input_arguments(parser)
     parser.add_argument("--tasks", help="benchmarks by their names in lmms-eval, separated by commas")
-    parser.add_argument(
-        "--metric", choices=METRICS, help="score --json by lmms-eval; without it exact answers are counted"
-    )
+    parser.add_argument("--metric", choices=METRICS, help="score --json by lmms-eval (default: count exact answers)")
     parser.add_argument("--name", help="of the score of --json (default: the file's)")
     parser.add_argument("--out", type=local_path, help="folder of scores; of exact answers also a .json file")
     parser.add_argument("--limit", type=int, default=0, help="samples to ask; 0: all")

@@ -12,8 +12,7 @@ WIDTH = 4096  # of the published models' language models: others are not compare
 NOISES = 2  # a difference of at most this many standard errors is within the noise
 RULE = (
     "± is one binomial standard error, sqrt(v (1 - v) / n) for a share v of n questions, an upper bound where answers "
-    f"score in between; a difference of at most {NOISES} of them is within the noise. None is given for scores that are "
-    "no such share."
+    f"score in between; a difference of at most {NOISES} of them is within the noise. A score without one is no share."
 )
 
 

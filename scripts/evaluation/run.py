@@ -32,6 +32,9 @@ def score(args: Namespace) -> None:
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError(f"--tasks and --metric need lmms-eval: {INSTALL}")
     check_model(folder, args.keep_template)
+    # lmms-eval imports a package `evaluate`: this folder's script must not stand in its way
+    scripts = str(Path(__file__).parents[1])
+    sys.path[:] = [*(path for path in sys.path if path != scripts), scripts]
     with quiet():
         from accelerate import Accelerator
         from accelerate.utils import broadcast_object_list
@@ -138,7 +141,7 @@ def read_score(name: str, results: dict, order: list[str]) -> Score:
     """What lmms-eval's results say about a task.
 
     Args:
-        order: its metrics; the first that is a number is the main one, unless the table of published scores has another.
+        order: its metrics; the main one is the published scores' or the first that is a number.
 
     Raises:
         ValueError: no metric is a number.
@@ -159,8 +162,8 @@ def read_score(name: str, results: dict, order: list[str]) -> Score:
     )
     if metric is None:
         raise ValueError(
-            f"--tasks: {name} gives no score here, only {', '.join(order)}: what it wrote for a server or a judge lies in "
-            "the --out folder"
+            f"--tasks: {name} gives no score here, only {', '.join(order)}: what it wrote for a server or a judge lies "
+            "in the --out folder"
         )
     by_id = {}
     for logged in results["samples"][name]:  # once for each filter

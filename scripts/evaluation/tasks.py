@@ -77,7 +77,7 @@ class Tasks(TaskManager):
                 raise ValueError(f"--tasks: {name} cannot be loaded: {_cause(error)}") from error
             place = self.data or "DATA"
             raise ValueError(
-                f"--tasks: {name} needs the data set {path}, which is not here and cannot be fetched ({_cause(error)}). "
+                f"--tasks: {name} needs the data set {path}: it is not here and cannot be fetched ({_cause(error)}). "
                 f"Where there is a network: hf download {path} --repo-type dataset --local-dir {place}/{path}; then "
                 f"give --data {place}"
             ) from error
