@@ -29,7 +29,7 @@ TEMPLATE_CHECKS = ("chat template", "chats", "terminator")  # that a template of
 def score(args: Namespace) -> None:
     """Scores as the command line asks (`scripts/evaluate.py`). Raises ValueError for what cannot be asked so."""
     folder = check_arguments(args)
-    if importlib.util.find_spec("lmms_eval") is None:
+    if not has_lmms_eval():
         raise ValueError(f"--tasks and --metric need lmms-eval: {INSTALL}")
     check_model(folder, args.keep_template)
     # lmms-eval imports a package `evaluate`: this folder's script must not stand in its way
@@ -57,6 +57,13 @@ def score(args: Namespace) -> None:
     else:
         questions = own_questions(args, engine.processor, accelerator.is_main_process)
         tasks = [OwnQuestions(score_name(args), questions, METRICS[args.metric], args.max_new_tokens)]
+    for task in tasks:
+        there = out.scores.get(task.config.task, {}).get("samples", 0)
+        if 0 < args.limit < there:
+            raise ValueError(
+                f"--limit {args.limit}: {args.out} has a score of {there} samples of {task.config.task}: give another "
+                "folder for one of fewer"
+            )
     made_by = {key: value for key, value in out.head.items() if key != "model"}
     answers = Answers(args.out / "answers", made_by, accelerator.process_index)
     lm = LlavaNext(engine, accelerator, answers, base, args.batch_size or BATCH_SIZE)
@@ -70,6 +77,10 @@ def score(args: Namespace) -> None:
             print(f"{found.name}: {entry['metric']} {entry['value']:.4f} of {entry['samples']} samples", flush=True)
     if accelerator.is_main_process:
         print(f"\n{out.row()}\n{args.out / 'scores.json'}")
+
+
+def has_lmms_eval() -> bool:
+    return importlib.util.find_spec("lmms_eval") is not None
 
 
 def check_arguments(args: Namespace) -> Path:

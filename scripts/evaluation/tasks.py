@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -33,13 +33,11 @@ class Tasks(TaskManager):
     def __init__(self, data: Path | None = None, own: Path | None = None):
         super().__init__("ERROR", include_path=None if own is None else f"{own}/", model_name=PROMPTS_OF)
         self.data = data
-
-    def _get_config(self, name: str) -> dict:
-        config = super()._get_config(name)
-        path = config.get("dataset_path")
-        if path and self.data is not None and (self.data / path).is_dir():
-            config["dataset_path"] = str(self.data / path)
-        return config
+        # once: the hub's client tries again by itself where that can help
+        ConfigurableTask.download.retry.stop = stop_after_attempt(1)
+        if data is not None:
+            # tasks load data sets by themselves too (GQA its pictures): one place that all calls go through
+            datasets.load_dataset = partial(_load_dataset, datasets.load_dataset, data)
 
     def leaves(self, names: Sequence[str]) -> list[str]:
         """The tasks of these names, groups taken apart. Raises ValueError: a name that there is not, with near ones."""
@@ -66,10 +64,6 @@ class Tasks(TaskManager):
             ValueError: the data are not here and cannot be reached; says what to fetch and where to put it.
         """
         path = self._get_config(name).get("dataset_path")
-        # lmms-eval tries five times; of a network that is switched off nothing comes later
-        patience = ConfigurableTask.download.retry.stop
-        if datasets.config.HF_HUB_OFFLINE:
-            ConfigurableTask.download.retry.stop = stop_after_attempt(1)
         try:
             return get_task_dict([name], self)[name]
         except (RetryError, OSError, DatasetsError) as error:
@@ -81,8 +75,14 @@ class Tasks(TaskManager):
                 f"Where there is a network: hf download {path} --repo-type dataset --local-dir {place}/{path}; then "
                 f"give --data {place}"
             ) from error
-        finally:
-            ConfigurableTask.download.retry.stop = patience
+
+
+def _load_dataset(load, data: Path, path: str, *args, **kwargs):
+    """`datasets.load_dataset` of a folder in `data`, where it has the data set."""
+    if (data / path).is_dir():
+        path = str(data / path)
+        kwargs.pop("token", None)  # nobody is asked
+    return load(path, *args, **kwargs)
 
 
 def _cause(error: BaseException) -> str:
@@ -123,9 +123,3 @@ class OwnQuestions(ConfigurableTask):
         ]
         self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(documents)})
         self.dataset_no_image = self.dataset
-
-
-def go_offline() -> None:
-    """Data sets and models are looked for on this machine only; to be called before lmms-eval is imported."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ.setdefault(name, "1")
