@@ -1,47 +1,41 @@
 """What answers prompts, on tiny models: batches, end tokens, errors, adapters, other evaluators' classes."""
 
+import importlib
 import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import make_digits
 from evaluation.answers import Answers
 from evaluation.engines import Transformers, start_engine
-from llava_next.data.format.pictures import open_rgb
-from llava_next.model.folders.adapters import merge_adapter, save_adapter
-from llava_next.model.forward.lora import Lora, add_adapters
-from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.folders.dry import corpus_texts, train_tokenizer
 from llava_next.templates import get_template
 from support.demo import compose_demo
+from support.template_setups import stock_processor
 
-TEMPLATES = ("vicuna_v1", "llama_3", "qwen", "mistral")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """60 pictures of numbers, and a folder for models."""
-    folder = tmp_path_factory.mktemp("engines")
-    make_digits.build(folder / "digits", train=60, held_out=4, seed=0)
-    return folder
+QUESTION = "What number is written?"
+SAMPLES = [{"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "42 or 7."}]}]
 
 
 @pytest.fixture(scope="module")
-def pictures(digits):
-    """Of different shapes."""
-    files = sorted((digits / "digits/images").rglob("*.png"))
-    found = {open_rgb(file).size: open_rgb(file) for file in files}
-    assert len(found) >= 3
-    return [*found.values()]
-
-
-@pytest.fixture(scope="module")
-def model(digits):
+def model(tmp_path_factory):
     """A model folder in fp32."""
-    return compose_demo(digits / "model", digits / "digits/train.json")
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "samples.json").write_text(json.dumps(SAMPLES))
+    return compose_demo(folder / "model", folder / "samples.json")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Of different shapes, so of different numbers of tiles."""
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((30, 30), (60, 90), (30, 120))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,7 @@ def prompt(engine: Transformers, text: str) -> str:
 def test_a_batch_of_all_lengths_is_answered_as_one_by_one(engine, pictures):
     one, two, three = pictures[:3]
     asked = [
-        (prompt(engine, "<image>\nWhat number is written?"), [one]),
+        (prompt(engine, f"<image>\n{QUESTION}"), [one]),
         (prompt(engine, "<image> or <image>?"), [two, three]),
         (prompt(engine, "What number?"), []),
         (prompt(engine, "<image>\n" + "What number is written? " * 9), [three]),
@@ -68,14 +62,17 @@ def test_a_batch_of_all_lengths_is_answered_as_one_by_one(engine, pictures):
     assert engine.answer(prompts[2:3], shown[2:3], 12) == [together[2]]
 
 
-def test_every_end_token_of_the_saved_generation_config_ends_an_answer(model, engine, tmp_path):
-    text = prompt(engine, "What number?")
-    ids = engine.processor.tokenizer(engine.answer([text], [[]], 12)[0], add_special_tokens=False)["input_ids"]
-    config = engine.model.generation_config
+def test_every_end_token_of_the_saved_generation_config_ends_an_answer(engine):
+    text, tokenizer, config = prompt(engine, "What number?"), engine.processor.tokenizer, engine.model.generation_config
+    inputs = engine.processor(text=text, return_tensors="pt")
+    ids = engine.model.generate(**inputs, max_new_tokens=12, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ].tolist()
+    last = next(place for place, id in enumerate(ids) if id not in ids[:place] and place)
     before = config.eos_token_id
     try:
-        config.eos_token_id = [before, *ids]
-        assert engine.answer([text], [[]], 12)[0] in ("", engine.processor.decode(ids[:1]))
+        config.eos_token_id = [before, ids[last]]
+        assert engine.answer([text], [[]], 12) == [tokenizer.decode(ids[: last + 1], skip_special_tokens=True).strip()]
     finally:
         config.eos_token_id = before
 
@@ -89,24 +86,6 @@ def test_a_model_of_no_numbers_and_a_prompt_too_long_are_errors(model, engine):
     with pytest.raises(ValueError, match="logits are no numbers"):
         broken.answer([prompt(engine, "What number?")], [[]], 2)
     assert not head.isnan().any()
-
-
-def test_an_adapter_answers_as_merged_into_its_base(model, digits, pictures):
-    lora = Lora(r=4, alpha=16, targets=["llm", "vision", "projector"])
-    trained = LlavaNextForConditionalGeneration.from_pretrained(model)
-    add_adapters(trained, lora, seed=0)
-    with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-            parameter.requires_grad_("lora_" in name)
-    save_adapter(trained, digits / "adapter", lora, model, model)
-    merge_adapter(model, digits / "adapter", digits / "merged", dtype=torch.float32)
-    adapter, merged, base = (Transformers(digits / name, "cpu") for name in ("adapter", "merged", "model"))
-    asked = [prompt(base, "<image>\nWhat number is written?")], [[pictures[0]]], 8
-    assert adapter.answer(*asked) == merged.answer(*asked) != base.answer(*asked)
-    for name, parameter in merged.model.named_parameters():
-        torch.testing.assert_close(adapter.model.get_parameter(name), parameter, rtol=0, atol=1e-6)
 
 
 def test_vllm_is_asked_for_where_it_is_not(model):
@@ -136,33 +115,49 @@ def test_vllm_gets_our_prompts_pictures_and_greedy(model, engine, pictures, monk
     ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_vlmevalkit_class_asks_in_the_prompt_of_training_and_cuts_it_off(digits, template, monkeypatch, tmp_path):
+@pytest.fixture
+def vlmevalkit(monkeypatch):
+    """The file for VLMEvalKit with stand-ins for its packages; `known`: its models by name."""
+    known = {}
     monkeypatch.setitem(sys.modules, "vlmeval", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vlmeval.vlm", SimpleNamespace(LLaVA_Next=object))
-    known = {}
     monkeypatch.setitem(sys.modules, "vlmeval.config", SimpleNamespace(supported_VLM=known))
     monkeypatch.delitem(sys.modules, "evaluation.vlmevalkit", raising=False)
-    from evaluation import vlmevalkit
+    module = importlib.import_module("evaluation.vlmevalkit")
+    module.known = known
+    return module
 
-    folder = compose_demo(tmp_path / "model", digits / "digits/train.json", template)
-    vlmevalkit.register("mine", str(folder), max_new_tokens=8, device="cpu")
-    asked, seen = known["mine"](), []
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    question = "What number is written?"
-    generate = asked.model.generate
-    asked.model.generate = lambda **inputs: seen.append(inputs) or generate(**inputs)
-    message = [{"type": "image", "value": str(tmp_path / "red.png")}, {"type": "text", "value": question}]
-    answer = asked.generate_inner(message, "MMBench_DEV_EN")
 
-    ids = seen[0]["input_ids"][0].tolist()
-    image_id, turns = asked.model.config.image_token_id, ({"from": "human", "value": f"<image>\n{question}"},)
-    turns = [*turns, {"from": "gpt", "value": "7"}]
-    trained, labels = get_template(template).encode(turns, asked.processor.tokenizer, image_id, [ids.count(image_id)])
-    assert ids == trained[: int((labels != -100).argmax())].tolist()
-    ours = Transformers(folder, "cpu")
-    assert answer == ours.answer([prompt(ours, f"<image>\n{question}")], [[open_rgb(tmp_path / "red.png")]], 8)[0]
-    assert answer and question not in answer
+def message(tmp_path, picture: Image.Image) -> list[dict]:
+    """As VLMEvalKit puts a question about a picture."""
+    picture.save(tmp_path / "picture.png")
+    return [{"type": "image", "value": str(tmp_path / "picture.png")}, {"type": "text", "value": QUESTION}]
+
+
+def test_the_vlmevalkit_class_answers_as_the_model_does(vlmevalkit, model, engine, pictures, tmp_path):
+    vlmevalkit.register("mine", str(model), max_new_tokens=8, device="cpu")
+    answer = vlmevalkit.known["mine"]().generate_inner(message(tmp_path, pictures[1]), "MMBench_DEV_EN")
+    assert [answer] == engine.answer([prompt(engine, f"<image>\n{QUESTION}")], [[pictures[1]]], 8) != [""]
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_3", "qwen", "mistral"])
+def test_the_vlmevalkit_class_asks_in_the_ids_of_training_and_cuts_them_off(vlmevalkit, name, pictures, tmp_path):
+    template = get_template(name)
+    tokenizer = train_tokenizer(corpus_texts(SAMPLES, name), 400, name)
+    image_id = template.prepare_tokenizer(tokenizer)
+    asked = object.__new__(vlmevalkit.LlavaNextFolder)
+    asked.processor, asked.max_new_tokens, seen = stock_processor(tokenizer, template), 8, []
+
+    def generate(input_ids, **_):
+        seen.append(input_ids[0].tolist())
+        said = tokenizer("42 or 7.", add_special_tokens=False)["input_ids"]
+        return torch.tensor([[*seen[0], *said, tokenizer.eos_token_id]])
+
+    asked.model = SimpleNamespace(generate=generate, device="cpu", dtype=torch.float32)
+    assert asked.generate_inner(message(tmp_path, pictures[0])) == "42 or 7."
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "7"}]
+    trained, labels = template.encode(turns, tokenizer, image_id, [seen[0].count(image_id)])
+    assert seen == [trained[: int((labels != -100).argmax())].tolist()]
 
 
 def test_answers_are_kept_and_found_by_all_that_made_them(tmp_path, pictures):
