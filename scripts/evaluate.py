@@ -126,9 +126,10 @@ def score_folder(args: Namespace) -> ScoreFolder | None:
     """Where --out is a folder of scores. Raises ValueError: it has those of another model."""
     if args.out is None or args.out.suffix == ".json":
         return None
-    folder = ModelFolder(Path(args.model))
-    score_name(args)
-    return open_scores(args.out, args.model, model_hash(folder.path), BACKENDS[0], folder)
+    folder, name = ModelFolder(Path(args.model)), score_name(args)
+    scores = open_scores(args.out, args.model, model_hash(folder.path), BACKENDS[0], folder)
+    scores.check_limit(name, args.limit)
+    return scores
 
 
 def ask_all(model, processor, questions: list[Question], batch_size: int, max_new_tokens: int) -> list[dict]:

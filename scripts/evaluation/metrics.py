@@ -66,7 +66,7 @@ def options(question: Question, record: dict) -> Question:
     if not isinstance(given, dict) or len(given) < 2:
         raise BadSample('no choices: neither a list "choices" in the record, nor lines "A. text" in the question')
     question = replace(question, answers=(question.right,), choices={str(k): str(v).strip() for k, v in given.items()})
-    if chosen(question.right, question, letter_of=lambda text, letters: text if text in letters else "") is None:
+    if chosen(question.right, question, letter_of=_alone) is None:
         raise BadSample("the right answer is none of the choices")
     return question
 
@@ -105,7 +105,7 @@ def choice(answer: str, question: Question) -> float:
     """1 when the option that an answer names is the one that the right answer names."""
     from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
 
-    right = chosen(question.right, question, letter_of=lambda text, letters: text if text in letters else "")
+    right = chosen(question.right, question, letter_of=_alone)
     return float(chosen(answer, question, letter_of=extract_mcq_answer) == right)
 
 
@@ -124,6 +124,11 @@ def chosen(answer: str, question: Question, letter_of: Callable[[str, list[str]]
         return letter_of(answer, list(texts)) or None
     named = [letter for letter, text in texts.items() if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said)]
     return named[0] if len(named) == 1 else None
+
+
+def _alone(text: str, letters: list[str]) -> str:
+    """A right answer that is a letter."""
+    return text if text in letters else ""
 
 
 METRICS = {

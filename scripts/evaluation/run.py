@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,14 +38,17 @@ def score(args: Namespace) -> None:
     sys.path[:] = [*(path for path in sys.path if path != scripts), scripts]
     with quiet():
         from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list
+        from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
         from evaluation.answers import Answers
         from evaluation.engines import start_engine
         from evaluation.model import LlavaNext, SampleError
         from evaluation.tasks import OwnQuestions, Tasks
 
-    accelerator = Accelerator(cpu=args.device == "cpu")
+    # the first process to end waits for the others
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()  # several processes without a GPU must be told
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
     device = accelerator.device if accelerator.num_processes > 1 or args.device is None else torch.device(args.device)
     base = ModelFolder(read_adapter(folder).base if (folder / CONFIG).exists() else folder)
     # read by one process, known to all
@@ -58,12 +62,7 @@ def score(args: Namespace) -> None:
         questions = own_questions(args, engine.processor, accelerator.is_main_process)
         tasks = [OwnQuestions(score_name(args), questions, METRICS[args.metric], args.max_new_tokens)]
     for task in tasks:
-        there = out.scores.get(task.config.task, {}).get("samples", 0)
-        if 0 < args.limit < there:
-            raise ValueError(
-                f"--limit {args.limit}: {args.out} has a score of {there} samples of {task.config.task}: give another "
-                "folder for one of fewer"
-            )
+        out.check_limit(task.config.task, args.limit)
     made_by = {key: value for key, value in out.head.items() if key != "model"}
     answers = Answers(args.out / "answers", made_by, accelerator.process_index)
     lm = LlavaNext(engine, accelerator, answers, base, args.batch_size or BATCH_SIZE)
@@ -143,9 +142,7 @@ def evaluate_task(lm, task, limit: int, out: Path) -> Score | None:
         cli_args=options,
         process_docs_parallel=1,
     )
-    return (
-        None if results is None else read_score(name, results, [entry["metric"] for entry in task.config.metric_list])
-    )
+    return None if results is None else read_score(name, results, list(task.aggregation()))
 
 
 def read_score(name: str, results: dict, order: list[str]) -> Score:

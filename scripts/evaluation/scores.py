@@ -114,6 +114,14 @@ class ScoreFolder:
                 )
         return scores
 
+    def check_limit(self, name: str, limit: int) -> None:
+        """Refuses to replace a score by one of fewer samples. Raises ValueError."""
+        there = self.scores.get(name, {}).get("samples", 0)
+        if 0 < limit < there:
+            raise ValueError(
+                f"--limit {limit}: {self.path} has a score of {there} samples of {name}: give another folder for fewer"
+            )
+
     def add(self, score: Score) -> dict:
         """Writes a score, its samples and the row. Returns its entry in scores.json."""
         per_sample = [sample.score for sample in score.samples]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from evaluation.questions import Question
 
 PROMPTS_OF = "llava_hf"  # whose prompts a task takes where it has several
 NAMES_SHOWN = 5
+JUDGED, RULED = ("gpt_eval_score", "llm_as_judge_eval"), "_dev_static"
+JUDGE_KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
 
 
 class Tasks(TaskManager):
@@ -65,7 +68,7 @@ class Tasks(TaskManager):
         """
         path = self._get_config(name).get("dataset_path")
         try:
-            return get_task_dict([name], self)[name]
+            task = get_task_dict([name], self)[name]
         except (RetryError, OSError, DatasetsError) as error:
             if path is None:
                 raise ValueError(f"--tasks: {name} cannot be loaded: {_cause(error)}") from error
@@ -75,6 +78,18 @@ class Tasks(TaskManager):
                 f"Where there is a network: hf download {path} --repo-type dataset --local-dir {place}/{path}; then "
                 f"give --data {place}"
             ) from error
+        check_judge(name, list(task.aggregation()))
+        return task
+
+
+def check_judge(name: str, metrics: Sequence[str]) -> None:
+    """Refuses a task that asks a judge nobody has a key for: it would guess. Raises ValueError."""
+    asks = not name.endswith(RULED) and any(metric in JUDGED for metric in metrics)
+    if asks and not any(os.environ.get(key) for key in JUDGE_KEYS):
+        raise ValueError(
+            f"--tasks: {name} has answers read by a judge at OpenAI, and without a key guesses what rules cannot read: "
+            f"set {' or '.join(JUDGE_KEYS)}, or take a task that needs none (mmbench_en{RULED} for MMBench)"
+        )
 
 
 def _load_dataset(load, data: Path, path: str, *args, **kwargs):

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import venv
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def python() -> Path:
     """Of an environment with the project's requirements and those of the extra, by the pins."""
     if WANTED != "1":
         return Path(WANTED)
-    folder = CACHE / f"eval-{abs(hash((ROOT / 'constraints.txt').read_text())) % 10**8}"
+    folder = CACHE / f"eval-{zlib.crc32((ROOT / 'constraints.txt').read_bytes()):08x}"
     if not (folder / "complete").exists():
         venv.create(folder, clear=True, with_pip=True)
         setup = configparser.ConfigParser()
@@ -109,7 +110,7 @@ def place(tmp_path_factory):
     records, answers = [], []
     for number in range(COUNT):
         shown = [number % 9, (number + 1) % 9][: number % 3]
-        question = " and ".join(["<image>"] * len(shown)) + "\nWhat number is it? " * (1 + number % 4)
+        question = " and ".join(["<image>"] * len(shown)) + "\nWhat number is it? " * (1 + number % 4) + f"({number})"
         question = question.strip()
         messages = [{"role": "user", "content": question}]
         record = {"id": f"r{number}", "image": [f"{n}.png" for n in shown]}
@@ -261,7 +262,7 @@ def test_metrics_are_lmms_evals(done):
 def test_two_processes_score_as_one(python, place, done):
     arguments = ["--model", place / "model", "--json", place / "held_out.json", "--images", place, "--metric", "exact"]
     arguments += ["--out", place / "two", "--max_new_tokens", TOKENS, "--device", "cpu"]
-    launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, ROOT / "scripts/evaluate.py"]
+    launch = [python, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/cpu2_fsdp.yaml"]
     ended = subprocess.run(
         [*map(str, [*launch, *arguments])], env=VARIABLES, capture_output=True, text=True, timeout=900
     )
