@@ -84,6 +84,9 @@ def python() -> Path:
         for names in (["torch"], wanted):
             done = subprocess.run([*map(str, pip), *names], capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, done.stderr[-3000:]
+        # beside a CPU build of torch, the package index's torchvision does not load, and nothing needs it
+        if subprocess.run([folder / "bin/python", "-c", "import torchvision"], capture_output=True).returncode:
+            subprocess.run([*map(str, pip[:3]), "uninstall", "-q", "-y", "torchvision"], check=True)
         (folder / "complete").touch()
     return folder / "bin/python"
 
@@ -263,9 +266,8 @@ def test_two_processes_score_as_one(python, place, done):
     arguments = ["--model", place / "model", "--json", place / "held_out.json", "--images", place, "--metric", "exact"]
     arguments += ["--out", place / "two", "--max_new_tokens", TOKENS, "--device", "cpu"]
     launch = [python, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/cpu2_fsdp.yaml"]
-    ended = subprocess.run(
-        [*map(str, [*launch, *arguments])], env=VARIABLES, capture_output=True, text=True, timeout=900
-    )
+    command = [*map(str, [*launch, ROOT / "scripts/evaluate.py", *arguments])]
+    ended = subprocess.run(command, env=VARIABLES, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert answers_in(place, "two") == answers_in(place, "out") and score_in(place, "two") == score_in(place, "out")
     assert len(list((place / "two/answers").iterdir())) == 2
