@@ -79,10 +79,10 @@ def python() -> Path:
         setup.read(ROOT / "setup.cfg")
         texts = setup["options"]["install_requires"], setup["options.extras_require"]["eval"]
         wanted = [line for text in texts for line in text.splitlines() if line and not line.lstrip().startswith("#")]
-        pip = [folder / "bin/python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+        pip = [folder / "bin/python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT / "constraints.txt"]
         # torch first: what is pinned and there is not looked for anywhere else
         for names in (["torch"], wanted):
-            done = subprocess.run([*map(str, pip), *names], capture_output=True, text=True, timeout=900)
+            done = subprocess.run([*map(str, pip), *names], capture_output=True, text=True, timeout=1800)
             assert done.returncode == 0, done.stderr[-3000:]
         # beside a CPU build of torch, the package index's torchvision does not load, and nothing needs it
         if subprocess.run([folder / "bin/python", "-c", "import torchvision"], capture_output=True).returncode:
