@@ -1,36 +1,38 @@
-"""Asks a trained model the first question of held-out samples and counts exact answers, with stock transformers only.
+"""Scores a trained model: exact answers to the first question of held-out samples, or benchmarks by lmms-eval.
 
     python scripts/evaluate.py --model runs/finetune/model --json held_out.json --images ROOT --show 8
+    python scripts/evaluate.py --model runs/finetune/model --json held_out.json --images ROOT --metric anls --out scores
+    python scripts/evaluate.py --model runs/finetune/model --tasks mme,textvqa_val,mmmu_val --out scores
 
-Samples may have any number of pictures and lie in any file that data_tools/build_shards.py reads. Those that cannot be
-asked are left out of the score, counted and named. The model folder is loaded by `AutoModelForImageTextToText` and
-`AutoProcessor` as anybody else would load it; nothing of this project runs the model.
+The first needs stock transformers only. Samples may have any number of pictures and lie in any file that
+data_tools/build_shards.py reads. Those that cannot be asked are left out of the score, counted and named. The model
+folder is loaded by `AutoModelForImageTextToText` and `AutoProcessor` as anybody else would load it; nothing of this
+project runs the model. With --tasks or --metric lmms-eval asks and scores (extra `eval`), through `accelerate launch`
+on several GPUs, and --out is a folder: scores.json, samples/NAME.jsonl and row.md. Run again it goes on.
 """
 
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from jsonargparse import ArgumentParser
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
-from llava_next.data.format.picture_forms import Picture, picture_file
+from evaluation.engines import BACKENDS, generate, load_processor
+from evaluation.metrics import METRICS
+from evaluation.questions import Question, read_questions
+from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
 from llava_next.data.format.pictures import open_rgb
-from llava_next.data.format.records import has_system, read_record
-from llava_next.data.format.tar import BadSample
-from llava_next.data.inputs.listing import Listing
-from llava_next.data.inputs.samples import common_reasons, rejection
+from llava_next.data.inputs.samples import common_reasons
 from llava_next.data.storage.client import written_aside
+from llava_next.model.folders.check import ModelFolder
 from llava_next.paths import drawing_path, folder_or_name, local_path
-from llava_next.tokenise import IMAGE_TOKEN
-from llava_next.turns import place_images, read_turns
 
 sys.path.append(str(Path(__file__).parents[1] / "data_tools"))
 from building.inputs import add_input_arguments, list_input
@@ -38,70 +40,65 @@ from building.inputs import add_input_arguments, list_input
 REASONS_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Question:
-    """A sample's first question.
-
-    Args:
-        names: of its pictures; files: where they lie, or their bytes.
-        text: with an `<image>` for each picture, where it stands in the sample.
-        system: the sample's own system prompt; None: the chat template's.
-        right: the answer in the data.
-        prompt: rendered by the model's chat template.
-    """
-
-    names: list[str]
-    files: list[Path | bytes]
-    text: str
-    system: str | None
-    right: str
-    prompt: str = ""
-
-    @property
-    def shown(self) -> str:
-        """The text without placeholders."""
-        return (self.text.replace(IMAGE_TOKEN, "") if self.files else self.text).strip()
-
-    def messages(self) -> list[dict]:
-        """The chat that asks it, placeholders in the text: every saved chat template takes that as training did."""
-        turns = [] if self.system is None else [("system", self.system)]
-        return [
-            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in (*turns, ("user", self.text))
-        ]
-
-    def pictures(self) -> list[Image.Image]:
-        """Its pictures with the pixels that training sees. Raises BadSample."""
-        return [open_rgb(file) for file in self.files]
-
-
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=folder_or_name, required=True, help="model folder or hub repository")
-    add_input_arguments(parser)
-    parser.add_argument("--limit", type=int, default=0, help="samples to ask; 0: all")
-    parser.add_argument("--show", type=int, default=8, help="answers to print")
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument("--out", type=local_path, help="JSON file for score and answers")
-    parser.add_argument("--sheet", type=drawing_path, help="PNG or WebP file: first pictures with answers")
-    args = parser.parse_args()
-    if sum(given is not None for given in (args.json, args.hf, args.shards)) != 1:
-        parser.error("give one of --json, --hf and --shards")
+    args = parse()
     try:
-        listing = list_input(args)
-        logging.disable_progress_bar()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").to(device).eval()
-        processor = AutoProcessor.from_pretrained(args.model)
+        if args.tasks or args.metric:
+            from evaluation.run import score
+
+            score(args)
+        else:
+            ask_exactly(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def parse() -> Namespace:
+    """What the command line asks for."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--model", type=folder_or_name, required=True, help="model folder; an adapter with lmms-eval only"
+    )
+    add_input_arguments(parser)
+    parser.add_argument("--tasks", help="benchmarks by their names in lmms-eval, separated by commas")
+    parser.add_argument("--metric", choices=METRICS, help="score --json by lmms-eval (default: count exact answers)")
+    parser.add_argument("--name", help="of the score of --json (default: the file's)")
+    parser.add_argument("--out", type=local_path, help="folder of scores; of exact answers also a .json file")
+    parser.add_argument("--limit", type=int, default=0, help="samples to ask; 0: all")
+    parser.add_argument("--batch_size", type=int, help="prompts at once (default: 50, by lmms-eval 8 a GPU)")
+    parser.add_argument("--max_new_tokens", type=int, default=16, help="of an answer to --json")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--show", type=int, default=8, help="exact answers to print")
+    parser.add_argument("--sheet", type=drawing_path, help="PNG or WebP file: first pictures with exact answers")
+    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="what answers for lmms-eval")
+    parser.add_argument("--data", type=local_path, help="folder of data sets as on the hub, DATA/ORG/NAME, for --tasks")
+    parser.add_argument("--own_tasks", type=local_path, help="folder of more tasks, as lmms-eval's YAML files")
+    parser.add_argument(
+        "--keep_template", type=bool, default=False, help="score a model with a chat template of its own"
+    )
+    args = parser.parse_args()
+    given = sum(given is not None for given in (args.json, args.hf, args.shards))
+    if given > 1 or given + bool(args.tasks) != 1:
+        parser.error("give one of --json, --hf and --shards, or --tasks")
+    if args.limit < 0 or args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):
+        parser.error("--limit is 0 or more, --batch_size and --max_new_tokens are 1 or more")
+    return args
+
+
+def ask_exactly(args: Namespace) -> None:
+    """Counts exact answers. Raises ValueError, OSError."""
+    listing, scores = list_input(args), score_folder(args)
+    logging.disable_progress_bar()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").to(device).eval()
+    processor = load_processor(args.model)
 
     questions, left_out = read_questions(listing, args.images, processor, args.limit)
     for line in common_reasons(left_out, REASONS_SHOWN):
         print(f"left out: {line}")
     if not questions:
-        sys.exit(f"error: none of {len(listing)} samples can be asked: there is no score")
-    results = ask_all(model, processor, questions, args.batch_size, args.max_new_tokens)
+        raise ValueError(f"none of {len(listing)} samples can be asked: there is no score")
+    results = ask_all(model, processor, questions, args.batch_size or 50, args.max_new_tokens)
     correct = sum(r["answer"] == r["right"] for r in results)
     for r in results[: args.show]:
         mark = "ok   " if r["answer"] == r["right"] else "WRONG"
@@ -112,51 +109,27 @@ def main() -> None:
         with written_aside(args.sheet) as temporary:
             draw_sheet(questions[:40], results).save(temporary, format=args.sheet.suffix[1:].upper())
         print(f"pictures with answers: {args.sheet}")
-    if args.out:
+    if scores is not None:
+        asked = [
+            Sample(q.id, q.shown, r["answer"], r["right"], float(r["answer"] == r["right"]))
+            for q, r in zip(questions, results, strict=True)
+        ]
+        scores.add(Score(score_name(args), correct / len(results), METRICS["exact"].name, asked, {}))
+        print(f"\n{scores.row()}")
+    elif args.out:
         report = {"exact": correct, "of": len(results), "left_out": left_out, "results": results}
         with written_aside(args.out) as temporary:
             temporary.write_text(json.dumps(report, indent=1))
 
 
-def read_questions(listing: Listing, images: Path | None, processor, limit: int) -> tuple[list[Question], list[dict]]:
-    """The first questions, at most `limit` (0: all), and the samples left out: `row`, `id`, `file` and `reason`."""
-    questions, left_out = [], []
-    for row, address in enumerate(listing.addresses):
-        if limit and len(questions) == limit:
-            break
-        record = {}
-        try:
-            record = listing.reader.read(address)
-            question = first_question(record, images)
-            prompt = processor.apply_chat_template(question.messages(), add_generation_prompt=True)
-            if prompt.count(IMAGE_TOKEN) != len(question.files):
-                raise BadSample(
-                    f"the chat template shows {prompt.count(IMAGE_TOKEN)} of {len(question.files)} pictures"
-                )
-            questions.append(replace(question, prompt=prompt))
-        except (BadSample, TemplateError) as error:
-            left_out.append(rejection(row, record, str(error)))
-    return questions, left_out
-
-
-def first_question(record: dict, images: Path | None) -> Question:
-    """Of a record in any form. Raises BadSample."""
-    sample = read_record(record)
-    try:
-        turns = read_turns(sample.conversations)
-        count = len(place_images(turns, len(sample.pictures))[0]) - 1
-    except ValueError as error:
-        raise BadSample(str(error)) from error
-    pictures = sample.pictures[:count]  # the others belong to later questions
-    names = [picture.name if isinstance(picture, Picture) else picture for picture in pictures]
-    files = [picture.data if isinstance(picture, Picture) else picture_file(picture, images) for picture in pictures]
-    for file in files:
-        open_rgb(file)
-    text = turns[0].question
-    if count == 1:  # several placeholders of one picture become one, in front, as in training
-        text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
-    system = sample.conversations[0]["value"] if has_system(sample.conversations) else None
-    return Question(names, files, text, system, turns[0].answer.strip())
+def score_folder(args: Namespace) -> ScoreFolder | None:
+    """Where --out is a folder of scores. Raises ValueError: it has those of another model."""
+    if args.out is None or args.out.suffix == ".json":
+        return None
+    folder, name = ModelFolder(Path(args.model)), score_name(args)
+    scores = open_scores(args.out, args.model, model_hash(folder.path), BACKENDS[0], folder)
+    scores.check_limit(name, args.limit)
+    return scores
 
 
 def ask_all(model, processor, questions: list[Question], batch_size: int, max_new_tokens: int) -> list[dict]:
@@ -175,13 +148,8 @@ def ask_all(model, processor, questions: list[Question], batch_size: int, max_ne
 @torch.inference_mode()
 def ask(model, processor, questions: list[Question], max_new_tokens: int) -> list[str]:
     """Greedy answers."""
-    pictures = [picture for question in questions for picture in question.pictures()]
-    texts = [question.prompt for question in questions]
-    inputs = processor(images=pictures or None, text=texts, padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = output[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    pictures = [question.pictures() for question in questions]
+    return generate(model, processor, [question.prompt for question in questions], pictures, max_new_tokens)
 
 
 def draw_sheet(questions: list[Question], results: list[dict], columns: int = 8, cell: int = 116) -> Image.Image:

@@ -11,7 +11,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
-from llava_next.model.folders.adapters import check_start, layer_and_kind, load_adapter, merge_adapter, save_adapter
+from llava_next.model.folders.adapters import (
+    check_start,
+    layer_and_kind,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    with_adapter,
+)
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.lora import (
     DropoutKeys,
@@ -134,6 +141,8 @@ def test_merged_equals_unmerged_and_merging_later_gives_the_same_bytes(adapted, 
         assert set(one.keys()) == set(two.keys())
         assert all(torch.equal(one.get_tensor(k), two.get_tensor(k)) for k in one.keys())  # noqa: SIM118
     merged, peft = StockLlavaNext.from_pretrained(tmp_path / "model"), through_peft(adapted)
+    in_memory = with_adapter(StockLlavaNext.from_pretrained(base), adapted.adapter)
+    assert all(torch.equal(tensor, merged.get_parameter(name)) for name, tensor in in_memory.named_parameters())
     with torch.no_grad():
         for example, sizes in samples_of(adapted.model.config, seed=2)[:3]:
             expected = stock_logits(merged, example, sizes)

@@ -43,7 +43,15 @@ def setup(name: str) -> Setup:
     template_name, build = SETUPS[name]
     template, tokenizer = get_template(template_name), build()
     image_id = template.prepare_tokenizer(tokenizer)
-    processor = LlavaNextProcessor(
+    processor = stock_processor(tokenizer, template)
+    image_length = processor(text=IMAGE_TOKEN, images=[IMAGE])["input_ids"][0].count(image_id)
+    assert image_length > 8
+    return Setup(template, tokenizer, image_id, processor, image_length)
+
+
+def stock_processor(tokenizer: PreTrainedTokenizerFast, template: Template) -> LlavaNextProcessor:
+    """With tiles of 28 px and patches of 14."""
+    return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": 28},
             crop_size={"height": 28, "width": 28},
@@ -55,9 +63,6 @@ def setup(name: str) -> Setup:
         num_additional_image_tokens=1,
         chat_template=template.jinja,
     )
-    image_length = processor(text=IMAGE_TOKEN, images=[IMAGE])["input_ids"][0].count(image_id)
-    assert image_length > 8
-    return Setup(template, tokenizer, image_id, processor, image_length)
 
 
 def encode(s: Setup, conversations: list[dict], n_images: int = 0, template: Template | None = None):

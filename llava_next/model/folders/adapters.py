@@ -274,6 +274,31 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 parameter.copy_(tensors[kind])
 
 
+def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """A base as stock transformers has loaded it, with the adapter of a folder put into its weights, in place.
+
+    Raises:
+        ValueError: a tensor of the adapter finds no place.
+    """
+    adapter = read_adapter(folder)
+    left = set(adapter.tensors)
+    for name, parameter in model.named_parameters():
+        layer = _layer(name)
+        if layer in left:
+            left.remove(layer)
+            parameter.data = merged_weight(parameter.data, adapter.lora.scale, **adapter.load(layer)).to(
+                parameter.dtype
+            )
+    if left:
+        raise ValueError(f"{folder}: adapters of {sorted(left)[:3]} have no place in the base")
+    return model
+
+
+def _layer(name: str) -> str:
+    """Name of the layer that an adapter's tensors are under, of one of our model's parameters."""
+    return name.removesuffix(".weight").replace("vision_tower.vision_model.", "vision_tower.")
+
+
 def merge_adapter(base: Path, folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes the model folder of a base with an adapter in it, tensor by tensor.
 
@@ -293,7 +318,7 @@ def merge_adapter(base: Path, folder: Path, out: Path, dtype: torch.dtype = torc
                 continue
             with safe_open(base / file, "pt") as opened:
                 tensor = opened.get_tensor(key)
-            layer = names[own_key(key)].removesuffix(".weight").replace("vision_tower.vision_model.", "vision_tower.")
+            layer = _layer(names[own_key(key)])
             if layer in left:
                 left.remove(layer)
                 tensor = merged_weight(tensor, adapter.lora.scale, **adapter.load(layer))
