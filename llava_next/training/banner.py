@@ -334,11 +334,13 @@ WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 def speed_lines(config: RunConfig) -> list[str]:
     """What is asked for to run faster; nothing when nothing is."""
     lines = []
-    if config.compile_layers:
+    if config.compiled:
         lines.append("compile    each layer, for any length: the first steps wait for it; memory is counted without")
+    if config.fused_layers is True:
+        lines.append("fused      norm, SwiGLU and rotary embedding by Liger's kernels; memory is counted without")
     if config.float8:
         lines.append("float8     matrix products of the language model's layers; MFU stays a share of the bf16 peak")
-        if not config.compile_layers:
+        if not config.compiled:
             lines.append("           its casts are kernels of their own; --compile_layers true fuses them")
     return lines
 

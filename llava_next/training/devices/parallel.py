@@ -176,6 +176,13 @@ def _recomputing(layer_class: type[nn.Module], offload: bool) -> type[nn.Module]
     return kind
 
 
+def use_deterministic() -> None:
+    """The same bits whenever the same is computed, on CUDA too: attention's backward and sums by index in one order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was never written
+
+
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compiles every layer of tower and language model in place, for sequences of any length.
 
