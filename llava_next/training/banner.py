@@ -193,10 +193,11 @@ def _count(value: float) -> str:
 def dealing_lines(config: RunConfig, dealt: Dealt, hardware: Hardware) -> list[str]:
     """How full and how even the micro-batches are."""
     data = config.data
+    balanced = f"           cost balanced to {100 * dealt.balance:.1f} % (mean over slowest rank, in FLOPs)"
     return [
         f"dealing    {dealt.micro_batches:.1f} micro-batches a step on {hardware.world} rank(s), "
         f"{dealt.samples:.1f} samples and {dealt.filled:,.0f} tokens each",
-        f"           cost balanced to {100 * dealt.balance:.1f} % (mean over slowest rank, in FLOPs)",
+        *([balanced] if hardware.world > 1 else []),
         f"           largest {dealt.most_tokens:,} tokens of {data.token_budget:,}, "
         f"{dealt.most_tiles} tiles of {data.tile_budget}",
     ]
@@ -364,15 +365,19 @@ def time_lines(plan: Plan, mixture: Mixture, dealt: Dealt) -> list[str]:
     mfu = step.total / hardware.world / hardware.peak / seconds
     links = [f"{si(hardware.near, 'B/s')} in a node"] if layout.shard <= hardware.per_node else []
     links += [f"{si(hardware.far, 'B/s')} between nodes"] if hardware.nodes > 1 else []
-    moved = f", or {picked.moved:.2f} s of moving weights and gradients at {', '.join(links)}" if picked.moved else ""
+    moved = (
+        f"or {picked.moved:.2f} s of moving weights and gradients at {', '.join(links)}, whichever is more in a "
+        "micro-batch, "
+    )
+    whose = "of the slowest ranks" if hardware.world > 1 else "in all"
     return [
         *lines,
         f"time       {_duration(total)}: {samples:.1f} samples/s, {seconds:.2f} s a step on {hardware.name}, "
         f"MFU {100 * mfu:.0f} %",
         *_wrapped(
             f"assumed: {100 * ASSUMED_HFU:.0f} % of {hardware.peak / 1e12:,.0f} TFLOP/s on all that is computed "
-            f"({picked.computed:.2f} s of the slowest ranks){moved}, whichever is more in a micro-batch, and "
-            f"{1000 * MICRO_STEP_SECONDS:.0f} ms for each"
+            f"({picked.computed:.2f} s {whose}), {moved if picked.moved else ''}and "
+            f"{1000 * MICRO_STEP_SECONDS:.0f} ms for each micro-batch"
         ),
         f"storage    {si(volume / total, 'B/s')} and {samples:.0f} requests/s over all ranks; {si(volume, 'B')} in all",
     ]

@@ -30,7 +30,7 @@ from llava_next.training.watch.memory import MemoryWatch
 from llava_next.training.watch.metrics import duration
 from llava_next.training.watch.profile import StepProfiler
 from llava_next.training.watch.stopping import StopRequest
-from llava_next.training.watch.timing import StepTimer
+from llava_next.training.watch.timing import Reading, StepTimer
 
 COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "unsupervised", "skipped_steps", "retries")
 DUE = ("validation", "checkpoint", "export")  # after a step, in this order: what the logs say of it is saved with it
@@ -69,7 +69,7 @@ class Trainer:
         self.feed, self.mixture, self.journal, self.validation = feed, mixture, journal, validation
         self.checkpoints = checkpoints
         self._computing = memory.computing if memory else lambda *_: contextlib.nullcontext()
-        self.pending: tuple[dict, torch.Tensor, list] | None = None  # of the last step, until it is settled
+        self.pending: tuple[dict, Reading, list] | None = None  # of the last step, until it is settled
         self._step_begin = self._beside = 0.0
         self.last_step = journal.progress.total
         self.counters = {**dict.fromkeys(COUNTERS, 0), "by_source": {}, **resumed["counters"]}
@@ -118,7 +118,7 @@ class Trainer:
             self.feed.close()  # ends the loader's worker processes
             self.journal.close()
 
-    def _step(self) -> tuple[tuple[dict, torch.Tensor, list] | None, StepCounts]:
+    def _step(self) -> tuple[tuple[dict, Reading, list] | None, StepCounts]:
         """One optimizer step, unless a rank was asked to stop before all had its data.
 
         Returns:
@@ -172,7 +172,8 @@ class Trainer:
             "checkpoint_s": self.checkpoints.take_stalled(),  # before this step
             "source_share": self.journal.shares(self.step - 1, self.counters["by_source"]),
         }
-        return (record, torch.cat([torch.stack([grad_norm, skipped]).to(sums), sums]), self.timer.take()), counts
+        found = Reading(torch.cat([torch.stack([grad_norm, skipped]).to(sums), sums]))
+        return (record, found, self.timer.take()), counts
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips and updates. Returns the gradient norm before clipping, and 1 if the update was skipped, else 0."""
@@ -192,8 +193,8 @@ class Trainer:
         """
         if self.pending is None:
             return
-        (record, sums, marks), self.pending = self.pending, None
-        grad_norm, skipped, loss, *by_source = sums.tolist()
+        (record, found, marks), self.pending = self.pending, None
+        grad_norm, skipped, loss, *by_source = found.tolist()
         record.setdefault("step_s", self._elapsed())  # when no other step has begun
         names = self.mixture.names
         losses, tokens = by_source[: len(names)], by_source[len(names) :]

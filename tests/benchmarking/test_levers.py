@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import benchmark
-from benchmarking import ablate, float8, gpu_all, levers, training
+from benchmarking import ablate, float8, gpu_all, levers, training, truth
 from benchmarking.samples import STAGES
 from llava_next.model.folders.dry import LLMS
 from llava_next.model.forward.attention import attention_names
@@ -128,7 +128,10 @@ def test_jobs_of_gpu_all_are_commands_of_the_benchmark_and_the_first_fit_its_lim
     args = argparse.Namespace(device="cpu", out="cards", options="--samples 1 --shortened 20")
     for job in gpu_all.JOBS:
         parsed = benchmark.parse(gpu_all.command_of(job, args)[2:])
-        assert (parsed.what, parsed.samples, parsed.device) == (job.arguments[0], 1, "cpu")
+        assert (parsed.what, parsed.device) == (job.arguments[0], "cpu")
+        assert parsed.part == job.arguments[1] if job.truth else parsed.samples == 1
     names, most = [job.name for job in gpu_all.JOBS], [job.most for job in gpu_all.JOBS]
-    assert names[:4] == ["vicuna-7b", "compile", "float8", "levers"] and sum(most[:4]) <= 570
+    checks = len(truth.PARTS)
+    assert names[:checks] == [f"truth: {part}" for part in truth.PARTS] and max(most[:checks]) <= 60
+    assert names[checks:][:4] == ["vicuna-7b", "compile", "float8", "levers"] and sum(most[checks:][:4]) <= 570
     assert len(set(names)) == len(names) and all(job.least <= job.most for job in gpu_all.JOBS)
