@@ -237,12 +237,12 @@ def test_truth_holds_to_its_bounds_and_names_what_is_beyond_them():
     with torch.no_grad():
         case.ours.model.language_model.layers[0].mlp.up_proj.weight.mul_(1.01)
     moved = truth.distance(case.packed("sdpa"), theirs)
-    with pytest.raises(AssertionError, match="of tiny.*bound 0.0001"):
+    with pytest.raises(AssertionError, match=r"of tiny.*bound 0.0001"):
         truth.within((*moved.worst, "tiny"), truth.FLOAT32)
     share, value, what = truth.excess(replace(found, loss=0.5), found, "tiny")
     with pytest.raises(AssertionError, match=r"varlen beyond the bound: varlen: 5.0e-01 \(loss of tiny\)"):
         truth.lines_of_kernels({"varlen": (share, value, what)}, [])
-    with pytest.raises(AssertionError, match="one side only: lm_head.weight"):
+    with pytest.raises(AssertionError, match=r"one side only: lm_head.weight"):
         truth.distance((theirs[0], {k: v for k, v in theirs[1].items() if k != "lm_head.weight"}), theirs)
 
 

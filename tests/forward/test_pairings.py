@@ -226,7 +226,7 @@ def test_attention_choice_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_attention("auto", "cuda")[0] == choose_attention("varlen", "cuda")[0] == "varlen"
     assert "not FlashAttention 3: the package flash_attn_3" in choose_attention("auto", "cuda")[1]
-    with pytest.raises(ValueError, match="fa3 cannot run here: the package flash_attn_3 .* is not installed"):
+    with pytest.raises(ValueError, match=r"fa3 cannot run here: the package flash_attn_3 .* is not installed"):
         choose_attention("fa3", "cuda")
     assert "bfloat16 and float16" in choose_attention("auto", "cuda", torch.float32)[1]
     assert "waits for" in choose_attention("sdpa", "cuda")[1]
