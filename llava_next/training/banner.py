@@ -304,7 +304,7 @@ def command_lines(plan: Plan, command: tuple[str, ...], without_model: bool = Fa
         without_model: the plan is for an architecture, a run needs a folder.
     """
     hardware = plan.hardware
-    if plan.launched or not hardware.on_gpu or not command:
+    if plan.launched or not hardware.on_gpu or not command or plan.refused:
         return []
     words = [*launch_words(hardware), *command]
     assumed = any(source.path.startswith(PREFIX) for source in plan.config.data.sources)
@@ -360,6 +360,8 @@ def time_lines(plan: Plan, mixture: Mixture, dealt: Dealt) -> list[str]:
     )
     if hardware.peak is None:
         return [*lines, f"time       peak of {hardware.name} unknown, so no estimate; {si(volume, 'B')} are read"]
+    if plan.refused:
+        return [*lines, "time       none: it does not fit, and would not start"]
     seconds = picked.seconds
     total, samples = seconds * mixture.total_steps, config.data.batch_size / seconds
     mfu = step.total / hardware.world / hardware.peak / seconds
@@ -379,7 +381,7 @@ def time_lines(plan: Plan, mixture: Mixture, dealt: Dealt) -> list[str]:
             f"({picked.computed:.2f} s {whose}), {moved if picked.moved else ''}and "
             f"{1000 * MICRO_STEP_SECONDS:.0f} ms for each micro-batch"
         ),
-        f"storage    {si(volume / total, 'B/s')} and {samples:.0f} requests/s over all ranks; {si(volume, 'B')} in all",
+        f"storage    {si(volume / total, 'B/s')} and {samples:.3g} requests/s over all ranks; {si(volume, 'B')} in all",
     ]
 
 
