@@ -214,10 +214,10 @@ def test_all_of_a_gpu_ends_in_time_and_says_what_it_left_out(tmp_path, monkeypat
         "truth: bad": ["sh", "-c", "echo beyond its bound >&2; exit 3"],
     }
     monkeypatch.setattr(gpu_all, "command_of", lambda job, _: commands.get(job.name, list(job.arguments)))
-    (tmp_path / "truth-good-cpu.json").write_text(json.dumps({"figures": {"found": "off by 1e-7"}}))
+    (tmp_path / "truth-good-cuda.json").write_text(json.dumps({"figures": {"found": "off by 1e-7"}}))
     names = [job.name for job in gpu_all.JOBS]
-    gpu_all.run(argparse.Namespace(limit=50.0, device="cpu", jobs=names, options="", out=tmp_path))
-    ended = json.loads((tmp_path / "gpu-all-cpu.json").read_text())["figures"]
+    gpu_all.run(argparse.Namespace(limit=50.0, device="cuda", jobs=names, options="", out=tmp_path))
+    ended = json.loads((tmp_path / "gpu-all-cuda.json").read_text())["figures"]
     assert [ended[name]["ended"] for name in names] == [
         *("done", "exit status 1: no word of why", "stopped after 0 s"),
         *("off by 1e-7", "exit status 3: beyond its bound", "not begun: no time left"),
