@@ -216,7 +216,7 @@ def label(policy: Checkpointing) -> str:
 def memory_lines(plan: Plan) -> list[str]:
     """The table of policies, each with the budgets that are best under it."""
     rows, layout = plan.choice.rows, plan.layout
-    reshard = "freed after each layer" if layout.reshard else "kept until backward"
+    reshard = "freed after each layer" if layout.reshard else "kept for the whole step"
     unit, scale = ("GB", 1e9) if max(row.estimate.total for row in rows) >= 1e9 else ("MB", 1e6)
     parts = [f"{heading} {getattr(rows[0].estimate, name) / scale:.2f}" for heading, name in STATES.items()]
     where = " (states in host memory)" if layout.offload else ""

@@ -66,6 +66,7 @@ class Trainer:
         memory: MemoryWatch | None = None,
     ):
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
+        self._keeps_weights = accelerator.state.fsdp_plugin.reshard_after_forward is False
         self.feed, self.mixture, self.journal, self.validation = feed, mixture, journal, validation
         self.checkpoints = checkpoints
         self._computing = memory.computing if memory else lambda *_: contextlib.nullcontext()
@@ -147,6 +148,8 @@ class Trainer:
                 inputs = batch.weighted(weights).model_inputs(self.accelerator.device)
                 output = self.model(**inputs, num_sources=num_sources)
             self.timer.mark("backward")
+            if self._keeps_weights:  # they change with the update: only then do they have to be gathered again
+                self.model.set_reshard_after_backward(batch is micros[-1])
             with self._computing("the backward", self.step + 1, batch):
                 # FSDP averages gradients over ranks; the weights are already those of the whole step.
                 (output.loss * self.accelerator.num_processes).backward()
