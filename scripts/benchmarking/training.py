@@ -36,6 +36,7 @@ from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.fused import Kernels, choose_fused, fuse_layers
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, used_layers
 from llava_next.training.devices.float8 import use_float8
+from llava_next.training.devices.hardware import prepare_allocator
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import build_accelerator, shard
 from llava_next.training.forecast.activations import Compute
@@ -112,6 +113,7 @@ def begin(args) -> tuple[Work, LlavaNextConfig, Checkpointing, Accelerator]:
     The launch file decides on FSDP and precision, as in a run.
     """
     on_gpu = args.device == "cuda"
+    prepare_allocator()
     if not on_gpu and torch.cuda.is_available():  # once more, with no GPU to be seen
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
