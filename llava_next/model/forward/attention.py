@@ -50,8 +50,7 @@ def choose_attention(wanted: str, device: torch.device | str, dtype: torch.dtype
     if wanted not in ("auto", *KERNEL_NAMES):
         raise ValueError(f"attn_implementation: {wanted!r} is none of auto, {', '.join(KERNEL_NAMES)}")
     device = torch.device(device)
-    if torch_attention.current_flash_attention_impl() == "FA3":
-        torch_attention.restore_flash_attention_impl()
+    _take_fa3_away()
     if wanted == "sdpa":
         # reading the segment borders stops the host until the device has caught up, once a layer
         cost = ", slow on a GPU: it waits for the segment borders in every layer" if device.type == "cuda" else ""
@@ -97,10 +96,18 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _take_fa3_away() -> None:
+    current = getattr(torch_attention, "current_flash_attention_impl", None)  # torch from 2.11 on, in part
+    if current is not None and current() == "FA3":
+        torch_attention.restore_flash_attention_impl()
+
+
 def _activate_fa3(device: torch.device) -> str | None:
     """Has torch compute flash attention by FlashAttention 3; returns why it cannot, None when it does from now on."""
     if torch.cuda.get_device_capability(device)[0] != 9:  # torch would take it here, and fail in the first forward
         return f"{torch.cuda.get_device_name(device)} is no Hopper (compute capability 9)"
+    if not hasattr(torch_attention, "restore_flash_attention_impl"):
+        return f"torch {torch.__version__} has no place for it"
     if importlib.util.find_spec(FA3_MODULE) is None:
         return f"the package flash_attn_3 (module {FA3_MODULE}) is not installed"
     try:
