@@ -6,7 +6,8 @@ What may also be a URL goes through `data.storage.client.Storage`, which reads l
 import argparse
 import os
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial, update_wrapper
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,6 +19,26 @@ class PathError(argparse.ArgumentTypeError, ValueError):
     """What was given is no local path; the message says what it is and what to do. Command lines show it as it is."""
 
 
+class _Shown:
+    """A function that reads an argument, by the name under which --help shows it."""
+
+    def __init__(self, name: str, read: Callable):
+        update_wrapper(self, read)
+        self._name, self._read = name, read
+
+    def __call__(self, text):
+        return self._read(text)
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+def shown_as(name: str) -> Callable[[Callable], _Shown]:
+    """Names what a function reads, for --help: without it jsonargparse shows where the function lies in memory."""
+    return partial(_Shown, name)
+
+
+@shown_as("path")
 def local_path(text: str | os.PathLike) -> Path:
     """A file or folder of this machine: a path, `~` and `~user` expanded, or a `file://` URL, percent-decoded.
 
@@ -39,6 +60,7 @@ def local_path(text: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(given))
 
 
+@shown_as("path")
 def drawing_path(text: str | os.PathLike) -> Path:
     """A local path to draw a picture to, whose ending says in which format.
 
@@ -51,6 +73,7 @@ def drawing_path(text: str | os.PathLike) -> Path:
     return path
 
 
+@shown_as("path or name")
 def folder_or_name(text: str) -> str:
     """A model or data set that is a local path or a name on the hub: `~` and `file://` resolved, all else as given.
 

@@ -1,6 +1,7 @@
 """Measures, and writes what it measured, with hardware, versions and commit, to a card in scripts/benchmarks/.
 
     python scripts/benchmark.py gpu-all --out cards             # all that a GPU is wanted for, in ten minutes
+    python scripts/benchmark.py truth float32                   # whether a step is right here, a part at a time
     python scripts/benchmark.py step --model vicuna-7b          # a training step: tokens/s, MFU, memory, parts
     python scripts/benchmark.py step --device cpu               # a tiny one, against padded stock transformers too
     python scripts/benchmark.py step --compile --float8         # the same, its layers compiled, linears in float8
@@ -26,7 +27,8 @@ SUBJECTS = {
     "step": "a training step: speed, memory, time by part; on a CPU against padded stock transformers",
     "ablate": "what each lever of the training step gives",
     "float8": "loss curves with float8 linears and without",
-    "gpu-all": "step for every model, stage 1 and the levers, within a time limit",
+    "gpu-all": "truth, then step for every model, stage 1 and the levers, within a time limit",
+    "truth": "whether a step is right on this device: against stock transformers, and against runs on the CPU",
     "loader": "the stream of data: CPU, latency, memory, faults, against webdataset",
     "deal": "dealing a step to ranks: balance and time",
     "build": "building shards: samples a second",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from support import kernels
 from support.builds import make_inputs, run
 
 torch.set_num_threads(1)
@@ -38,3 +39,9 @@ def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Stand-ins for Liger's kernels; the names of those that were called."""
+    return kernels.stand_in(monkeypatch)

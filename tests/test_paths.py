@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from jsonargparse import ArgumentParser
 
 import build_shards
 import compose
@@ -124,3 +125,11 @@ def test_messages_of_command_lines_say_what_to_do(capsys, monkeypatch):
     assert "--vision: https://a.b/... is a URL" in " ".join(capsys.readouterr().err.split())
     result = call(build_shards.main, "--json", "s3://a/b.json", "--out", "o", *GEOMETRY)
     assert result.returncode == 2 and "--json: s3://a/... is a URL, and a local path is needed" in result.stderr
+
+
+def test_help_shows_what_an_argument_is_and_not_where_its_function_lies():
+    parser = ArgumentParser()
+    parser.add_argument("--out", type=local_path, help="a folder")
+    parser.add_argument("--model", type=folder_or_name, help="a model")
+    shown = " ".join(parser.format_help().split())
+    assert "a folder (type: path, default: null)" in shown and "a model (type: path or name, default: null)" in shown

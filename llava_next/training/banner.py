@@ -193,10 +193,11 @@ def _count(value: float) -> str:
 def dealing_lines(config: RunConfig, dealt: Dealt, hardware: Hardware) -> list[str]:
     """How full and how even the micro-batches are."""
     data = config.data
+    balanced = f"           cost balanced to {100 * dealt.balance:.1f} % (mean over slowest rank, in FLOPs)"
     return [
         f"dealing    {dealt.micro_batches:.1f} micro-batches a step on {hardware.world} rank(s), "
         f"{dealt.samples:.1f} samples and {dealt.filled:,.0f} tokens each",
-        f"           cost balanced to {100 * dealt.balance:.1f} % (mean over slowest rank, in FLOPs)",
+        *([balanced] if hardware.world > 1 else []),
         f"           largest {dealt.most_tokens:,} tokens of {data.token_budget:,}, "
         f"{dealt.most_tiles} tiles of {data.tile_budget}",
     ]
@@ -215,7 +216,7 @@ def label(policy: Checkpointing) -> str:
 def memory_lines(plan: Plan) -> list[str]:
     """The table of policies, each with the budgets that are best under it."""
     rows, layout = plan.choice.rows, plan.layout
-    reshard = "freed after each layer" if layout.reshard else "kept until backward"
+    reshard = "freed after each layer" if layout.reshard else "kept for the whole step"
     unit, scale = ("GB", 1e9) if max(row.estimate.total for row in rows) >= 1e9 else ("MB", 1e6)
     parts = [f"{heading} {getattr(rows[0].estimate, name) / scale:.2f}" for heading, name in STATES.items()]
     where = " (states in host memory)" if layout.offload else ""
@@ -303,7 +304,7 @@ def command_lines(plan: Plan, command: tuple[str, ...], without_model: bool = Fa
         without_model: the plan is for an architecture, a run needs a folder.
     """
     hardware = plan.hardware
-    if plan.launched or not hardware.on_gpu or not command:
+    if plan.launched or not hardware.on_gpu or not command or plan.refused:
         return []
     words = [*launch_words(hardware), *command]
     assumed = any(source.path.startswith(PREFIX) for source in plan.config.data.sources)
@@ -334,11 +335,13 @@ WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 def speed_lines(config: RunConfig) -> list[str]:
     """What is asked for to run faster; nothing when nothing is."""
     lines = []
-    if config.compile_layers:
+    if config.compiled:
         lines.append("compile    each layer, for any length: the first steps wait for it; memory is counted without")
+    if config.fused_layers is True:
+        lines.append("fused      norm, SwiGLU and rotary embedding by Liger's kernels; memory is counted without")
     if config.float8:
         lines.append("float8     matrix products of the language model's layers; MFU stays a share of the bf16 peak")
-        if not config.compile_layers:
+        if not config.compiled:
             lines.append("           its casts are kernels of their own; --compile_layers true fuses them")
     return lines
 
@@ -357,22 +360,28 @@ def time_lines(plan: Plan, mixture: Mixture, dealt: Dealt) -> list[str]:
     )
     if hardware.peak is None:
         return [*lines, f"time       peak of {hardware.name} unknown, so no estimate; {si(volume, 'B')} are read"]
+    if plan.refused:
+        return [*lines, "time       none: it does not fit, and would not start"]
     seconds = picked.seconds
     total, samples = seconds * mixture.total_steps, config.data.batch_size / seconds
     mfu = step.total / hardware.world / hardware.peak / seconds
     links = [f"{si(hardware.near, 'B/s')} in a node"] if layout.shard <= hardware.per_node else []
     links += [f"{si(hardware.far, 'B/s')} between nodes"] if hardware.nodes > 1 else []
-    moved = f", or {picked.moved:.2f} s of moving weights and gradients at {', '.join(links)}" if picked.moved else ""
+    moved = (
+        f"or {picked.moved:.2f} s of moving weights and gradients at {', '.join(links)}, whichever is more in a "
+        "micro-batch, "
+    )
+    whose = "of the slowest ranks" if hardware.world > 1 else "in all"
     return [
         *lines,
         f"time       {_duration(total)}: {samples:.1f} samples/s, {seconds:.2f} s a step on {hardware.name}, "
         f"MFU {100 * mfu:.0f} %",
         *_wrapped(
             f"assumed: {100 * ASSUMED_HFU:.0f} % of {hardware.peak / 1e12:,.0f} TFLOP/s on all that is computed "
-            f"({picked.computed:.2f} s of the slowest ranks){moved}, whichever is more in a micro-batch, and "
-            f"{1000 * MICRO_STEP_SECONDS:.0f} ms for each"
+            f"({picked.computed:.2f} s {whose}), {moved if picked.moved else ''}and "
+            f"{1000 * MICRO_STEP_SECONDS:.0f} ms for each micro-batch"
         ),
-        f"storage    {si(volume / total, 'B/s')} and {samples:.0f} requests/s over all ranks; {si(volume, 'B')} in all",
+        f"storage    {si(volume / total, 'B/s')} and {samples:.3g} requests/s over all ranks; {si(volume, 'B')} in all",
     ]
 
 

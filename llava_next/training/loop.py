@@ -30,7 +30,7 @@ from llava_next.training.watch.memory import MemoryWatch
 from llava_next.training.watch.metrics import duration
 from llava_next.training.watch.profile import StepProfiler
 from llava_next.training.watch.stopping import StopRequest
-from llava_next.training.watch.timing import StepTimer
+from llava_next.training.watch.timing import Reading, StepTimer
 
 COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "unsupervised", "skipped_steps", "retries")
 DUE = ("validation", "checkpoint", "export")  # after a step, in this order: what the logs say of it is saved with it
@@ -66,10 +66,11 @@ class Trainer:
         memory: MemoryWatch | None = None,
     ):
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
+        self._keeps_weights = accelerator.state.fsdp_plugin.reshard_after_forward is False
         self.feed, self.mixture, self.journal, self.validation = feed, mixture, journal, validation
         self.checkpoints = checkpoints
         self._computing = memory.computing if memory else lambda *_: contextlib.nullcontext()
-        self.pending: tuple[dict, torch.Tensor, list] | None = None  # of the last step, until it is settled
+        self.pending: tuple[dict, Reading, list] | None = None  # of the last step, until it is settled
         self._step_begin = self._beside = 0.0
         self.last_step = journal.progress.total
         self.counters = {**dict.fromkeys(COUNTERS, 0), "by_source": {}, **resumed["counters"]}
@@ -118,7 +119,7 @@ class Trainer:
             self.feed.close()  # ends the loader's worker processes
             self.journal.close()
 
-    def _step(self) -> tuple[tuple[dict, torch.Tensor, list] | None, StepCounts]:
+    def _step(self) -> tuple[tuple[dict, Reading, list] | None, StepCounts]:
         """One optimizer step, unless a rank was asked to stop before all had its data.
 
         Returns:
@@ -147,6 +148,8 @@ class Trainer:
                 inputs = batch.weighted(weights).model_inputs(self.accelerator.device)
                 output = self.model(**inputs, num_sources=num_sources)
             self.timer.mark("backward")
+            if self._keeps_weights:  # they change with the update: only then do they have to be gathered again
+                self.model.set_reshard_after_backward(batch is micros[-1])
             with self._computing("the backward", self.step + 1, batch):
                 # FSDP averages gradients over ranks; the weights are already those of the whole step.
                 (output.loss * self.accelerator.num_processes).backward()
@@ -172,7 +175,8 @@ class Trainer:
             "checkpoint_s": self.checkpoints.take_stalled(),  # before this step
             "source_share": self.journal.shares(self.step - 1, self.counters["by_source"]),
         }
-        return (record, torch.cat([torch.stack([grad_norm, skipped]).to(sums), sums]), self.timer.take()), counts
+        found = Reading(torch.cat([torch.stack([grad_norm, skipped]).to(sums), sums]))
+        return (record, found, self.timer.take()), counts
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips and updates. Returns the gradient norm before clipping, and 1 if the update was skipped, else 0."""
@@ -192,8 +196,8 @@ class Trainer:
         """
         if self.pending is None:
             return
-        (record, sums, marks), self.pending = self.pending, None
-        grad_norm, skipped, loss, *by_source = sums.tolist()
+        (record, found, marks), self.pending = self.pending, None
+        grad_norm, skipped, loss, *by_source = found.tolist()
         record.setdefault("step_s", self._elapsed())  # when no other step has begun
         names = self.mixture.names
         losses, tokens = by_source[: len(names)], by_source[len(names) :]

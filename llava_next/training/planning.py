@@ -77,6 +77,14 @@ class Plan:
         return self.launched and checkpointing_policy("full") == "none"
 
     @property
+    def refused(self) -> bool:
+        """Whether a run would not start: a little too large is only warned of, an estimate is not more exact than that.
+
+        Nothing is known of CPUs, whose memory others use as well.
+        """
+        return self.hardware.on_gpu and self.picked.estimate.total > ACCURACY * self.hardware.memory
+
+    @property
     def hardware(self) -> Hardware:
         """The machine."""
         return self.picking.hardware
@@ -133,11 +141,8 @@ def too_large(picking: Picking, picked: Candidate, parts: Parts) -> str:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuses what cannot fit. Raises ValueError: by how much it does not, and what would.
-
-    A little too large is only warned of: an estimate is not more exact than that.
-    """
-    if plan.hardware.on_gpu and plan.picked.estimate.total > ACCURACY * plan.hardware.memory:
+    """Refuses what cannot fit. Raises ValueError: by how much it does not, and what would."""
+    if plan.refused:
         raise ValueError(f"{CHECKPOINTING}, {TOKENS}, {TILES}: {plan.too_large}")
 
 

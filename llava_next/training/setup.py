@@ -25,6 +25,7 @@ from llava_next.data.storage.client import Storage
 from llava_next.model.folders.adapters import check_start, load_adapter
 from llava_next.model.folders.check import check_folder
 from llava_next.model.forward.attention import attention_names, check_window, choose_attention
+from llava_next.model.forward.fused import choose_fused, fuse_layers
 from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
@@ -32,7 +33,7 @@ from llava_next.tokenise import fingerprint
 from llava_next.training.devices.float8 import check_device, use_float8
 from llava_next.training.devices.hardware import peak_flops
 from llava_next.training.devices.launch import checkpointing_policy
-from llava_next.training.devices.parallel import shard
+from llava_next.training.devices.parallel import shard, use_deterministic
 from llava_next.training.forecast.flops import cost_model, flops_model
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import build_optimizer, freeze
@@ -237,6 +238,8 @@ def empty_model(parts: Parts) -> LlavaNextForConditionalGeneration:
 def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Loads the weights, freezes what has no rate, shards, and makes the optimizer over the shards."""
     transformers_logging.disable_progress_bar()
+    if config.deterministic:
+        use_deterministic()
     full_precision = accelerator.mixed_precision == "no"
     kernel, reason = choose_attention(
         config.attn_implementation, accelerator.device, torch.float32 if full_precision else torch.bfloat16
@@ -244,7 +247,8 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
     accelerator.print(f"attention  {kernel}: {reason}", flush=True)
     if config.float8:
         check_device(accelerator.device)
-    if config.compile_layers and accelerator.state.fsdp_plugin.activation_checkpointing_offload:
+    kernels, fused = choose_fused(config.fused_layers, accelerator.device, config.fused_elsewhere)
+    if config.compiled and accelerator.state.fsdp_plugin.activation_checkpointing_offload:
         raise ValueError(
             "compile_layers: no layer would be compiled under the launch file's fsdp_activation_checkpointing_offload: "
             "true; set one of them to false"
@@ -260,6 +264,10 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
         if config.lora.start:
             load_adapter(model, Path(config.lora.start))
     freeze(model, optim.rates)
+    left = fuse_layers(model.model.language_model, kernels) if kernels else {}
+    if accelerator.device.type == "cuda":
+        kept = ", ".join(f"{count} {name}" for name, count in left.items())
+        accelerator.print(f"fused      {fused}{f'; as they are: {kept}' if kept else ''}", flush=True)
     if config.float8:
         converted = use_float8(model)
         accelerator.print(f"float8     {converted} linear layers of the language model", flush=True)
@@ -268,7 +276,7 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
         model,
         lambda m: build_optimizer(m, optim.rates, tuple(optim.betas), optim.eps, optim.weight_decay),
         config.activation_checkpointing,
-        config.compile_layers,
+        config.compiled,
     )
 
 

@@ -58,11 +58,13 @@ def measure(
     repeats: int,
     warmup: int = 0,
     loss: Callable | None = None,
+    keep: bool = False,
 ) -> Outcome:
     """Forward and backward of the step, `repeats` times after `warmup`; the gradients are those of the last.
 
     Args:
         loss: of one of `micros`; default: what the model makes of a `PackedBatch`.
+        keep: gathered weights for the whole step, as the training loop does where they are not freed after forward.
     """
     loss = loss or (lambda batch: model(**batch.model_inputs(device)).loss)
     seconds, on_gpu = [], device.type == "cuda"
@@ -73,6 +75,8 @@ def measure(
         begin, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in micros:
             part = loss(batch)
+            if keep:
+                model.set_reshard_after_backward(batch is micros[-1])
             part.backward()
             total += part.detach()
         total = total.item()
@@ -108,8 +112,9 @@ def run(args) -> None:
         accelerator.free_memory()
         gc.collect()
         torch.cuda.empty_cache()
-        other, _ = build(accelerator, config, work.rates, replace(How(policy), **REBUILT[name]))
-        return compared(measure(other, bench.micros, device, args.steps, args.warmup), base)
+        how = replace(How(policy), **REBUILT[name])
+        other, _ = build(accelerator, config, work.rates, how)
+        return compared(measure(other, bench.micros, device, args.steps, args.warmup, keep=not how.reshard), base)
 
     figures["levers"] = rows + [row(name, deadline, rebuilt, name) for name in REBUILT if name in args.levers]
     head = ("lever", "seconds", "against as it is", "loss moved", "gradients moved", "GB")

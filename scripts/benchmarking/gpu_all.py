@@ -1,12 +1,15 @@
-"""All that is wanted of a GPU, by one command within a time limit: what matters most comes first.
+"""All that is wanted of a GPU, by one command within a time limit: whether it is right, then how fast it is.
 
-A run that fails or takes too long costs its own figures only; what there was no time for is named at the end.
+A part that fails or takes too long costs its own figures only: its line says how it ended, with the last words of an
+error. What there was no time for is named at the end.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ import psutil
 import torch
 
 from benchmarking.cards import ROOT, add_out, table, write_card
+from benchmarking.truth import PARTS
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,17 @@ class Job:
     most: float
     least: float = 40.0
 
+    @property
+    def truth(self) -> bool:
+        """Whether it checks and does not measure."""
+        return self.arguments[0] == "truth"
+
 
 STEP, SHORT = ("step", "--steps", "6", "--warmup", "2"), ("--steps", "3", "--warmup", "2")
-# By their worth: the step and what is left of it, what would speed it up, whether that holds its loss, other models.
+# First whether it is right. Then by worth: the step and what is left of it, what would speed it up, whether that holds
+# its loss, other models.
 JOBS = (
+    *(Job(f"truth: {part}", ("truth", part), most=60, least=25) for part in PARTS),
     Job("vicuna-7b", (*STEP, "--profile", "{out}/profile-vicuna-7b"), 110),
     Job("compile", (*STEP, "--compile"), 130),
     Job("float8", (*STEP, "--compile", "--float8"), 130),
@@ -48,7 +59,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--limit", type=float, default=570, help="seconds for everything")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--jobs", nargs="+", choices=[job.name for job in JOBS], default=[job.name for job in JOBS])
-    parser.add_argument("--options", default="", help="for every job, as one string: '--steps 2 --shortened 8'")
+    about = "for every job that measures, as one string: '--steps 2 --shortened 8'"
+    parser.add_argument("--options", default="", help=about)
     add_out(parser, Path("cards"))  # and for traces, which are large
 
 
@@ -62,7 +74,8 @@ def run(args) -> None:
             continue
         begin = time.monotonic()
         print(f"== {job.name}", flush=True)
-        status = run_job(job, args, min(job.most, left))
+        # a job's own limit is for a GPU: a CPU, on which the command is tried, may take as long as there is time
+        status = run_job(job, args, min(job.most, left) if args.device == "cuda" else left)
         ended.append((job.name, status, time.monotonic() - begin))
     print(table(("job", "ended", "seconds"), ((name, how, f"{s:.0f}") for name, how, s in ended)), flush=True)
     card = f"gpu-all-{args.device}"
@@ -72,19 +85,31 @@ def run(args) -> None:
 def command_of(job: Job, args) -> list[str]:
     """The job's command line."""
     arguments = [argument.format(out=args.out) for argument in job.arguments]
-    own = ["--device", args.device, "--out", str(args.out), *args.options.split()]
+    own = ["--device", args.device, "--out", str(args.out), *([] if job.truth else args.options.split())]
     return [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments, *own]
 
 
 def run_job(job: Job, args, seconds: float) -> str:
-    """How a job ended: `done`, its exit status, or that it was stopped. All that it started ends with it."""
-    process = subprocess.Popen(command_of(job, args))
-    try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        # ranks have sessions of their own, and one left over would hold the GPU's memory
-        for started in [*psutil.Process(process.pid).children(recursive=True), process]:
-            started.kill()
-        process.wait()
+    """How a job ended: what was found, or `done`; its error; that it was stopped. All that it started ends with it."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command_of(job, args), stderr=errors)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+            # ranks have sessions of their own, and one left over would hold the GPU's memory
+            for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+                started.kill()
+            process.wait()
+        errors.seek(0)
+        said = errors.read().strip()
+    if said:
+        print(said[-4000:], file=sys.stderr, flush=True)
+    if status is None:
         return f"stopped after {seconds:.0f} s"
-    return "done" if status == 0 else f"exit status {status}"
+    if status:
+        return f"exit status {status}: {said.splitlines()[-1] if said else 'no word of why'}"
+    if not job.truth:
+        return "done"
+    card = args.out / f"{'-'.join(job.arguments)}-{args.device}.json"
+    return json.loads(card.read_text())["figures"]["found"]

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -22,9 +20,9 @@ from torch import nn
 from benchmarking.samples import PADDED_BATCH, Samples, supervised
 from llava_next.data.loading.batch import IGNORE, Example, PackedBatch, pack
 from llava_next.model.forward import head, modeling
-from llava_next.model.forward.attention import attention_names, choose_attention
+from llava_next.model.forward.attention import KERNEL_NAMES, attention_names, choose_attention
+from llava_next.model.forward.fused import fuse_layers, load_kernels
 from llava_next.training.devices.agreement import slot_weights
-from llava_next.training.devices.launch import layer_stacks
 from support.tiny import geometry
 
 Micros = list[PackedBatch]
@@ -36,13 +34,12 @@ class Unavailable(RuntimeError):
 
 @dataclass
 class Bench:
-    """The step that is measured: model, samples of the step, its micro-batches, weighted, and checkpointing policy."""
+    """The step that is measured: model, samples of the step, its micro-batches, weighted."""
 
     accelerator: Accelerator
     model: nn.Module
     samples: Samples
     micros: Micros
-    policy: str = "none"
 
     @property
     def weights(self) -> torch.Tensor:
@@ -123,17 +120,21 @@ def pageable(bench: Bench) -> Iterator[Micros]:
 
 @contextlib.contextmanager
 def attention_by(kernel: str, bench: Bench) -> Iterator[Micros]:
-    """Another kernel in place of torch's variable-length one. Raises Unavailable where it cannot run."""
+    """Another kernel in place of the one that was picked. Raises Unavailable where it cannot run, or is that one."""
+    before = bench.model.config.text_config._attn_implementation
+    if before == KERNEL_NAMES[kernel]:
+        raise Unavailable("the step as it is has that kernel")
     try:
         choose_attention(kernel, bench.accelerator.device)
     except ValueError as error:
         raise Unavailable(str(error)) from error
-    before = bench.model.config.text_config._attn_implementation
     bench.model.set_attn_implementation(attention_names(kernel))
     try:
         yield bench.micros
     finally:
         bench.model.set_attn_implementation({"text_config": before, "vision_config": "sdpa"})
+        if before == KERNEL_NAMES["fa3"]:
+            choose_attention("fa3", bench.accelerator.device)  # in torch again
 
 
 def ready(micros: Micros, device: torch.device) -> Micros:
@@ -146,59 +147,27 @@ def liger(operation: str, bench: Bench) -> Iterator[Micros]:
     """One operation of the decoder layers by Liger's kernel; nothing of it stays.
 
     Args:
-        operation: one of `LIGER`.
+        operation: of `fused.FUNCTIONS`.
 
     Raises:
-        Unavailable: the package is not there, or nothing that runs its kernels.
+        Unavailable: the package is not there, nothing that runs its kernels, or no layer that they are for.
     """
-    function, replaced = LIGER[operation]
+    if bench.accelerator.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Unavailable("Liger's kernels need a GPU, or TRITON_INTERPRET=1")
     try:
-        kernel = getattr(importlib.import_module("liger_kernel.ops"), function)
+        kernels = load_kernels()
     except ImportError as error:
         package = (error.name or "liger_kernel").partition(".")[0].replace("_", "-")
         raise Unavailable(f"{package} is not installed") from error
-    if bench.accelerator.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise Unavailable("Liger's kernels need a GPU, or TRITON_INTERPRET=1")
-    with contextlib.ExitStack() as stack:
-        for patch in replaced(bench, kernel.apply):
-            stack.enter_context(patch)
+    decoder = bench.model.model.language_model
+    before = [(module, type(module)) for module in decoder.modules()]
+    try:
+        if left := fuse_layers(decoder, kernels, (operation,)):
+            raise Unavailable(f"not for {', '.join(left)}")
         yield bench.micros
-
-
-def norms(bench: Bench, kernel: Callable) -> Iterator:
-    """RMSNorms of the language model: their input, weight and epsilon go to the kernel."""
-    for module in bench.model.model.language_model.modules():
-        if hasattr(module, "variance_epsilon"):
-            call = lambda hidden, m=module: kernel(hidden, m.weight, m.variance_epsilon)  # noqa: E731
-            yield mock.patch.object(module, "forward", call)
-
-
-def gated_mlps(bench: Bench, kernel: Callable) -> Iterator:
-    """MLPs of the decoder layers: gate and up go to the kernel."""
-    for layer in layer_stacks(bench.model)[1]:
-        call = lambda x, m=layer.mlp: m.down_proj(kernel(m.gate_proj(x), m.up_proj(x)))  # noqa: E731
-        yield mock.patch.object(layer.mlp, "forward", call)
-
-
-def rotations(bench: Bench, kernel: Callable) -> Iterator:
-    """Attention of the decoder layers, by the name that it calls."""
-    kind = type(layer_stacks(bench.model)[1][0].self_attn)
-    if "apply_rotary_pos_emb" not in kind.forward.__code__.co_names:
-        raise Unavailable(f"{kind.__name__} does not call apply_rotary_pos_emb")
-
-    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        # The kernel writes into its input. Selective checkpointing keeps that and would rotate it a second time.
-        return kernel(q.clone(), k.clone(), cos, sin) if bench.policy == "selective" else kernel(q, k, cos, sin)
-
-    yield mock.patch.object(sys.modules[kind.__module__], "apply_rotary_pos_emb", rotate)
-
-
-# name: (of Liger's autograd functions, what computes by it)
-LIGER = {
-    "liger_norm": ("LigerRMSNormFunction", norms),
-    "liger_swiglu": ("LigerSiLUMulFunction", gated_mlps),
-    "liger_rope": ("LigerRopeFunction", rotations),
-}
+    finally:
+        for module, kind in before:
+            module.__class__ = kind
 
 
 # name: (what is different, how), in the order of the table
@@ -210,12 +179,14 @@ SWITCHES: dict[str, tuple[str, Callable]] = {
     "uint8_tiles": ("tiles copied as float32", float_tiles),
     "pinned": ("copies from pageable memory", pageable),
     "varlen": ("one SDPA call a segment", partial(attention_by, "sdpa")),
+    "fa3": ("attention by torch's own FlashAttention 2", partial(attention_by, "varlen")),
     "varlen_or_flash": ("attention by flash-attn", partial(attention_by, "flash")),
-    "liger_norm": ("RMSNorm by Liger's kernel", partial(liger, "liger_norm")),
-    "liger_swiglu": ("SwiGLU by Liger's kernel", partial(liger, "liger_swiglu")),
-    "liger_rope": ("rotary embedding by Liger's kernel", partial(liger, "liger_rope")),
+    "liger_norm": ("RMSNorm by Liger's kernel", partial(liger, "norm")),
+    "liger_swiglu": ("SwiGLU by Liger's kernel", partial(liger, "swiglu")),
+    "liger_rope": ("rotary embedding by Liger's kernel", partial(liger, "rope")),
 }
-GPU_ONLY = ("pinned", "varlen", "varlen_or_flash")
+LIGER = ("liger_norm", "liger_swiglu", "liger_rope")
+GPU_ONLY = ("pinned", "varlen", "fa3", "varlen_or_flash")
 # name: changes to `training.How`
 REBUILT: dict[str, dict] = {
     "compile": {"compiled": True},

@@ -45,6 +45,7 @@ def add_arguments(parser) -> None:
     add_work_arguments(parser)
     parser.add_argument("--steps", type=int, default=8, help="measured")
     parser.add_argument("--compile", action="store_true", help="each layer by torch.compile")
+    parser.add_argument("--fused", choices=["auto", "true", "false"], default="auto", help="Liger's kernels")
     parser.add_argument("--float8", action="store_true", help="float8 linears in the decoder layers, by torchao")
     parser.add_argument(
         "--profile", type=local_path, help="folder for a trace of one more step, its operators on the card"
@@ -54,13 +55,14 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     """Measures a step and writes its card."""
     work, config, policy, accelerator = begin(args)
-    how, profile = How(policy, compiled=args.compile, float8=args.float8), args.profile is not None
+    fused, profile = {"true": True, "false": False}.get(args.fused, args.fused), args.profile is not None
+    how = How(policy, compiled=args.compile, float8=args.float8, fused=fused)
     steps = [work.step(config, number)[1] for number in range(args.warmup + args.steps + profile)]
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = args.profile or Path(scratch)
         run_dir.mkdir(parents=True, exist_ok=True)
         records, operators = run_steps(accelerator, config, how, work, work.rates, steps, run_dir, profile)
-    figures = figures_of(records[args.warmup :][: args.steps], work, config, policy, steps, args)
+    figures = figures_of(records[args.warmup :][: args.steps], work, config, how, steps, args)
     if operators:
         figures["operators"] = operators
     if args.device == "cpu":
@@ -73,8 +75,9 @@ def run(args) -> None:
     finish(accelerator)
 
 
-def figures_of(records: list[dict], work: Work, config, policy: str, steps: list, args) -> dict:
+def figures_of(records: list[dict], work: Work, config, how: How, steps: list, args) -> dict:
     """What the card says of a run."""
+    policy = how.policy
     counted = ("step_s", "samples", "micro_batches", "tokens", "squared_lengths", "tiles", "supervised", "chunked")
     seconds, samples, micro_batches, *amounts = (mean(record[name] for record in records) for name in counted)
     part = {
@@ -90,6 +93,8 @@ def figures_of(records: list[dict], work: Work, config, policy: str, steps: list
         "layers": [config.text_config.num_hidden_layers, work.config().text_config.num_hidden_layers],
         "checkpointing": policy,
         "compiled_graphs": counters["stats"]["unique_graphs"],  # few, whatever the lengths; 0 without --compile
+        "attention": choose_attention("auto", args.device, torch.bfloat16 if on_gpu else torch.float32)[0],
+        "fused": how.kernels(args.device)[1],
         "float8": args.float8,  # MFU and HFU are of the bf16 peak all the same
         "samples_a_step": samples,
         "micro_batches": micro_batches,

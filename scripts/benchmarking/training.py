@@ -33,8 +33,10 @@ from llava_next.data.loading.batch import PackedBatch
 from llava_next.data.loading.feed import Feed
 from llava_next.data.plan.order import Source
 from llava_next.model.forward.attention import attention_names, choose_attention
+from llava_next.model.forward.fused import Kernels, choose_fused, fuse_layers
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, used_layers
 from llava_next.training.devices.float8 import use_float8
+from llava_next.training.devices.hardware import prepare_allocator
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import build_accelerator, shard
 from llava_next.training.forecast.activations import Compute
@@ -111,6 +113,7 @@ def begin(args) -> tuple[Work, LlavaNextConfig, Checkpointing, Accelerator]:
     The launch file decides on FSDP and precision, as in a run.
     """
     on_gpu = args.device == "cuda"
+    prepare_allocator()
     if not on_gpu and torch.cuda.is_available():  # once more, with no GPU to be seen
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
@@ -180,6 +183,7 @@ class How:
         reshard: free gathered weights after a layer's forward.
         compiled: each layer by torch.compile.
         float8: linears of the decoder layers by torchao; on a CPU emulated.
+        fused: Liger's kernels, see `RunConfig.fused_layers`.
         prefetch: gather the weights of so many layers ahead; 0: as FSDP2 does by itself.
     """
 
@@ -187,7 +191,13 @@ class How:
     reshard: bool = True
     compiled: bool = False
     float8: bool = False
+    fused: bool | str = False
     prefetch: int = 0
+
+    def kernels(self, device: torch.device | str) -> tuple[Kernels, str]:
+        """Liger's kernels for this step, and why (not)."""
+        elsewhere = "compile_layers" if self.compiled else "float8" if self.float8 else None
+        return choose_fused(self.fused, torch.device(device), elsewhere)
 
 
 def build(
@@ -213,6 +223,9 @@ def build(
     kernel, _ = choose_attention("auto", device, dtype)
     model.set_attn_implementation(attention_names(kernel))
     freeze(model, rates)
+    kernels, _ = how.kernels(device)
+    if kernels:
+        fuse_layers(model.model.language_model, kernels)
     if how.float8:
         use_float8(model, emulate=device.type == "cpu")
     optimizer_of = partial(build_optimizer, rates=rates, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

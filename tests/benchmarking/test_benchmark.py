@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarking import ablate, cards, compare, datasets, gpu_all, levers, loader, training
+from benchmarking import ablate, cards, compare, datasets, gpu_all, levers, loader, training, truth
 from benchmarking.samples import STAGES, profile_sizes
 from benchmarking.serving import Serving
 from benchmarking.step import project
@@ -28,6 +28,7 @@ from llava_next.training.forecast.budget import Layout, Unit, estimate
 from llava_next.training.recipe.optim import Rates, freeze
 from llava_next.training.watch.profile import StepProfiler
 from support.launching import launch
+from support.published import CLIP, LLAMA3
 from support.tiny import pack_tiny, random_samples, tiny_config
 
 CPU = torch.device("cpu")
@@ -204,16 +205,45 @@ def test_cards_compare_number_by_number():
 
 def test_all_of_a_gpu_ends_in_time_and_says_what_it_left_out(tmp_path, monkeypatch, capfd):
     jobs = [gpu_all.Job(name, (name,), most, least=0.1) for name, most in (("true", 5), ("false", 5), ("sleep", 0.3))]
+    jobs += [gpu_all.Job(f"truth: {part}", ("truth", part), 5, least=0.1) for part in ("good", "bad")]
     monkeypatch.setattr(gpu_all, "JOBS", (*jobs, gpu_all.Job("late", ("true",), 5, least=100)))
     sleep = ["sh", "-c", "setsid sleep 61.5 & wait"]  # in a session of its own, as the launcher's ranks are
-    monkeypatch.setattr(gpu_all, "command_of", lambda job, _: sleep if job.name == "sleep" else list(job.arguments))
+    commands = {
+        "sleep": sleep,
+        "truth: good": ["true"],
+        "truth: bad": ["sh", "-c", "echo beyond its bound >&2; exit 3"],
+    }
+    monkeypatch.setattr(gpu_all, "command_of", lambda job, _: commands.get(job.name, list(job.arguments)))
+    (tmp_path / "truth-good-cuda.json").write_text(json.dumps({"figures": {"found": "off by 1e-7"}}))
     names = [job.name for job in gpu_all.JOBS]
-    gpu_all.run(argparse.Namespace(limit=50.0, device="cpu", jobs=names, options="", out=tmp_path))
-    ended = json.loads((tmp_path / "gpu-all-cpu.json").read_text())["figures"]
+    gpu_all.run(argparse.Namespace(limit=50.0, device="cuda", jobs=names, options="", out=tmp_path))
+    ended = json.loads((tmp_path / "gpu-all-cuda.json").read_text())["figures"]
     assert [ended[name]["ended"] for name in names] == [
-        *("done", "exit status 1", "stopped after 0 s", "not begun: no time left")
+        *("done", "exit status 1: no word of why", "stopped after 0 s"),
+        *("off by 1e-7", "exit status 3: beyond its bound", "not begun: no time left"),
     ]
     assert ["sleep", "61.5"] not in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+
+
+def test_truth_holds_to_its_bounds_and_names_what_is_beyond_them():
+    """A step is its own reference to 1e-6 of stock transformers'; one weight a hundredth off is found by its bound."""
+    case = truth.Case((CLIP, LLAMA3), CPU)
+    theirs = case.one_by_one()
+    found = truth.distance(case.packed("sdpa"), theirs)
+    assert found.worst[0] < 1e-5 and len(found.gradients) > 50
+    assert truth.within((*found.worst, "tiny"), truth.FLOAT32).startswith("loss and gradients off by")
+    share, *_ = truth.excess(found, found, "tiny")
+    assert share < 0.01
+    with torch.no_grad():
+        case.ours.model.language_model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    moved = truth.distance(case.packed("sdpa"), theirs)
+    with pytest.raises(AssertionError, match=r"of tiny.*bound 0.0001"):
+        truth.within((*moved.worst, "tiny"), truth.FLOAT32)
+    share, value, what = truth.excess(replace(found, loss=0.5), found, "tiny")
+    with pytest.raises(AssertionError, match=r"varlen beyond the bound: varlen: 5.0e-01 \(loss of tiny\)"):
+        truth.lines_of_kernels({"varlen": (share, value, what)}, [])
+    with pytest.raises(AssertionError, match=r"one side only: lm_head.weight"):
+        truth.distance((theirs[0], {k: v for k, v in theirs[1].items() if k != "lm_head.weight"}), theirs)
 
 
 def test_profiler_traces_the_chosen_step_and_no_other(tmp_path):

@@ -5,6 +5,7 @@ had, and tensors of two devices do not mix.
 """
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -12,26 +13,32 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim import adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_next.model.folders.dry import LLMS, TOWERS
 from llava_next.model.forward.attention import attention_names
+from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.training.devices import float8
+from llava_next.training.devices.float8 import use_float8
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import apply_checkpointing
-from llava_next.training.recipe.optim import Rates, freeze
+from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
+from llava_next.training.watch.health import NonFinite
 from support.published import CLIP, LLAMA3, STAGE_1
 from support.tiny import geometry, pack_tiny, pairing_config, random_samples
+from support.tracing import find_torchao
 
 DEVICE = torch.device("meta")  # fake CUDA tensors abort the CPU build in backward
 POLICIES = ("none", "selective", "full", 1)
 
 
 class OnTheDevice(TorchDispatchMode):
-    """Checks every operation: it makes nothing on the CPU, and attention is called with what its kernel takes."""
+    """Checks every operation: it makes nothing on the CPU, and kernels are called with what they take."""
 
-    attention = 0
+    attention = float8 = updates = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
@@ -41,6 +48,10 @@ class OnTheDevice(TorchDispatchMode):
         if function.name() == "torch_attn::_varlen_attn":
             self.attention += 1
             check_attention(*args[:4])
+        if function.name() == "aten::_scaled_mm":
+            self.float8 += 1
+            check_float8_product(*args[:4])
+        self.updates += function.name() == "aten::_fused_adamw_"
         return made
 
 
@@ -53,6 +64,14 @@ def check_attention(query, key, value, cu_seqlens) -> None:
     assert query.shape[1] % key.shape[1] == 0 and key.shape == value.shape
 
 
+def check_float8_product(left, right, left_scale, right_scale) -> None:
+    """What the float8 product takes on CUDA: rows by columns, sides of 16, scales in float32."""
+    assert left.stride(1) == right.stride(0) == 1, f"{left.stride()} by {right.stride()}"
+    assert left.shape[1] % 16 == right.shape[1] % 16 == 0, f"{tuple(left.shape)} by {tuple(right.shape)}"
+    assert {left.dtype, right.dtype} <= {torch.float8_e4m3fn, torch.float8_e5m2}
+    assert left_scale.dtype == right_scale.dtype == torch.float32
+
+
 def model_of(config, rates: Rates, policy, device=DEVICE) -> LlavaNextForConditionalGeneration:
     """A model whose weights are fake, in bf16 as FSDP2 gathers them. Called under a FakeTensorMode."""
     before = torch.get_default_dtype()
@@ -60,6 +79,8 @@ def model_of(config, rates: Rates, policy, device=DEVICE) -> LlavaNextForConditi
     try:
         with device:
             model = LlavaNextForConditionalGeneration(config).train()
+            if rates.lora:
+                add_adapters(model, rates.lora, seed=0)
     finally:
         torch.set_default_dtype(before)
     model.set_attn_implementation(attention_names("varlen"))
@@ -82,30 +103,47 @@ def on_device(mode: FakeTensorMode, batch, device=DEVICE) -> dict:
     return {k: mode.from_tensor(v).to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
-def rehearse(model, inputs: dict) -> set[str]:
-    """Forward, backward and clipping. Returns what got a gradient."""
+def rehearse(model, inputs: dict, rates: Rates) -> OnTheDevice:
+    """Forward, backward, clipping and the update, on which the device decides. Returns what was counted."""
     with OnTheDevice() as watched:
         loss = model(**inputs, num_sources=2).loss
         assert loss.dtype == torch.float32 and loss.shape == ()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        torch.isfinite(norm).to(torch.float32)
+        with mock.patch.object(adam, "_device_dtype_check_for_fused"):  # it knows no meta device
+            optimizer = build_optimizer(model, rates, (0.9, 0.999), 1e-8, 0.0)
+            NonFinite.guard(optimizer, norm)
+            optimizer.step()
     assert watched.attention >= model.config.text_config.num_hidden_layers
-    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert watched.updates == len(optimizer.param_groups)
+    return watched
 
 
 PAIRINGS = list(itertools.product(TOWERS, LLMS))
+BESIDES = {1: "float8", 4: "float8", 3: "lora", 6: "lora"}  # by number of the pairing, each with two policies
 
 
 @pytest.mark.parametrize("number", range(len(PAIRINGS)), ids=lambda n: " ".join(p.split("/")[1] for p in PAIRINGS[n]))
-def test_step_of_every_pairing_stays_on_the_device(number):
+def test_step_of_every_pairing_stays_on_the_device(number, monkeypatch):
+    """Some with float8 products, some with adapters."""
+    if BESIDES.get(number) == "float8":
+        find_torchao()
+        pytest.importorskip("torchao", reason="torchao is neither installed nor where LLAVA_NEXT_TORCHAO says")
+        monkeypatch.setattr(float8, "check_device", lambda device: None)
     tower, llm = PAIRINGS[number]
-    config = pairing_config(tower, llm)
+    config, besides, rates = pairing_config(tower, llm), BESIDES.get(number), Rates()
+    if besides == "lora":
+        rates = Rates(vision=None)
+        rates.lora = Lora(r=4, dropout=0.1)
     batch = batches_of(config)[0]
     with FakeTensorMode() as mode:
-        model = model_of(config, Rates(), POLICIES[number % len(POLICIES)])
-        trained = rehearse(model, on_device(mode, batch))
-    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model = model_of(config, rates, POLICIES[number % len(POLICIES)])
+        swapped = use_float8(model) if besides == "float8" else 0
+        watched = rehearse(model, on_device(mode, batch), rates)
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert watched.float8 >= 3 * swapped and bool(swapped) == (besides == "float8")
 
 
 class Collectives(TorchDispatchMode):
@@ -157,6 +195,12 @@ def read_by_the_host(model, inputs):
     return inputs
 
 
+def norm_read_by_the_host(model, inputs):
+    """As a guard would that decides about the update by itself."""
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda weight: float(weight.grad.norm()))
+    return inputs
+
+
 def index_left_on_the_cpu(model, inputs):
     return inputs | {"feature_index": torch.zeros(inputs["feature_index"].shape, dtype=torch.int64)}
 
@@ -174,6 +218,7 @@ def wrong_dtype(model, inputs):
     ("plant", "error"),
     [
         (read_by_the_host, DataDependentOutputException),
+        (norm_read_by_the_host, DataDependentOutputException),
         (index_left_on_the_cpu, (FakeTensorDeviceMismatchError, AssertionError)),
         (made_on_the_cpu, AssertionError),
         (wrong_dtype, AssertionError),
@@ -185,4 +230,4 @@ def test_planted_fault_fails_the_rehearsal(plant, error):
         model = model_of(config, Rates(), "none")
         inputs = plant(model, on_device(mode, batches_of(config)[0]))
         with pytest.raises(error):
-            rehearse(model, inputs)
+            rehearse(model, inputs, Rates())

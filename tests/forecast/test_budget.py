@@ -337,6 +337,10 @@ def test_hours_scale_with_the_machine_and_the_plan_stays_the_same(dry_run):
         assert len({out.split(line)[1].split("\n")[0] for out in (eight, a100, nodes)}) == 1
     speeds = [number(out, "time       ", " samples/s") for out in (eight, a100, nodes)]
     assert speeds[0] / speeds[1] == pytest.approx(989.4 / 312, rel=0.03)  # but for what a micro-batch costs by itself
+    alone = " ".join(dry_run("--as_if", "1xh200-141g").split())
+    assert "in all), and 20 ms for each micro-batch" in alone and "slowest" not in alone and "moving" not in alone
+    small = dry_run("--as_if", "1xl40s-48g")
+    assert "time       none: it does not fit, and would not start" in small and "command" not in small
     # 9.66 samples a second and GPU at the peak, see the published arithmetic
     assert speeds[0] == pytest.approx(8 * 9.66 * 0.45, rel=0.08)
     assert 3 < speeds[2] / speeds[0] < 4  # four samples a rank balance worse

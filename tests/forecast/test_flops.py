@@ -1,5 +1,6 @@
 """FLOPs and MFU: the published arithmetic, torch's own counter on real models, the table of peaks."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from llava_next.model.forward import head
 from llava_next.model.forward.attention import attention_names
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices import agreement
-from llava_next.training.devices.hardware import KINDS, PEAKS, parse_hardware, peak_flops
+from llava_next.training.devices.hardware import KINDS, PEAKS, parse_hardware, peak_flops, present_hardware
 from llava_next.training.devices.parallel import apply_checkpointing
 from llava_next.training.forecast.flops import cost_model, flops_model
 from llava_next.training.recipe.optim import Rates, freeze
@@ -174,3 +175,18 @@ def test_as_if_makes_nodes_of_eight_with_a_known_peak(kind):
 def test_as_if_refuses_with_what_it_knows(text):
     with pytest.raises(ValueError, match=r"kinds: .*h100-80g, |whole nodes of 8"):
         parse_hardware(text)
+
+
+def test_allocator_is_told_before_cuda_is_asked_for_anything(monkeypatch):
+    """It reads its settings once, when CUDA starts; a user's own stay."""
+    told = []
+    for own in (None, "max_split_size_mb:64"):
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.setenv(name, own or "")
+            monkeypatch.delenv(name)
+        if own:
+            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", own)
+        ask = lambda: told.append(os.environ.get("PYTORCH_ALLOC_CONF"))  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_available", ask)
+        present_hardware()
+    assert told == ["expandable_segments:True", None]

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from llava_next.training.forecast.activations import Compute
 from llava_next.training.forecast.budget import Layout, estimate, units
 from llava_next.training.forecast.fitting import ways_to_fit
 from llava_next.training.forecast.picking import GRAIN, MARGIN, Picking, Steps, Wanted
-from llava_next.training.forecast.speed import communication_seconds, micro_batch_flops
+from llava_next.training.forecast.speed import communication_seconds, micro_batch_flops, step_seconds
 from llava_next.training.recipe.optim import Rates, freeze
 from support.published import VICUNA, full_config, profile_samples
 
@@ -116,6 +117,12 @@ def test_weights_and_gradients_move_by_the_slowest_link_between_those_that_share
     kept = replace(one.layout, reshard=False)
     saved = 7 / 8 * 2 * whole.parameters / 340e9
     assert communication_seconds(whole, kept, one.hardware) == pytest.approx(moved / 340e9 - saved)
+    # what is kept is gathered once a step
+    assert communication_seconds(whole, kept, one.hardware, first=False) == pytest.approx(moved / 340e9 - 2 * saved)
+    nothing = [np.zeros((3, 8))]
+    for layout, gathers in ((one.layout, 6), (kept, 1)):
+        expected = 7 / 8 * (2 * gathers * whole.parameters + 3 * 4 * whole.trainable) / 340e9
+        assert step_seconds(nothing, whole, layout, one.hardware)[2] == pytest.approx(expected)
     # HSDP: the same in the node, and each rank's eighth of the gradients once around two nodes
     across = 4 * whole.trainable / 8 / 37e9
     assert communication_seconds(whole, two.layout, two.hardware) == pytest.approx(moved / 340e9 + across)

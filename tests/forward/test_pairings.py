@@ -218,20 +218,33 @@ def test_attention_choice_names_its_reason():
     for wanted in ("varlen", "flash"):
         with pytest.raises(ValueError, match=f"{wanted} cannot run here: .* device is cpu; set it to auto or sdpa"):
             choose_attention(wanted, "cpu")
-    with pytest.raises(ValueError, match="'eager' is none of auto, varlen, flash, sdpa"):
+    with pytest.raises(ValueError, match="'eager' is none of auto, fa3, varlen, flash, sdpa"):
         choose_attention("eager", "cpu")
 
 
 def test_attention_choice_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_attention("auto", "cuda")[0] == choose_attention("varlen", "cuda")[0] == "varlen"
+    assert "not FlashAttention 3: the package flash_attn_3" in choose_attention("auto", "cuda")[1]
+    with pytest.raises(ValueError, match=r"fa3 cannot run here: the package flash_attn_3 .* is not installed"):
+        choose_attention("fa3", "cuda")
     assert "bfloat16 and float16" in choose_attention("auto", "cuda", torch.float32)[1]
     assert "waits for" in choose_attention("sdpa", "cuda")[1]
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="flash-attn, which is not installed; install it with `pip install flash-attn"):
         choose_attention("flash", "cuda")
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    # what is installed, but for another torch
+    assert choose_attention("auto", "cuda")[0] == "varlen"
+    assert "flash_attn_interface does not load (ModuleNotFoundError" in choose_attention("auto", "cuda")[1]
     assert choose_attention("flash", "cuda") == ("flash", "asked for: the flash-attn package")
+    activated = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    assert choose_attention("auto", "cuda") == ("fa3", "FlashAttention 3 by torch's variable-length attention")
+    assert choose_attention("fa3", "cuda")[1].endswith("attention, asked for") and activated == ["FA3", "FA3"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "not FlashAttention 3: NVIDIA A100 is no Hopper" in choose_attention("auto", "cuda")[1]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert "Tesla T4 is older than Ampere" in choose_attention("auto", "cuda")[1]

@@ -174,7 +174,7 @@ def stock_logits(model: StockLlavaNext, example: Example, sizes: list[tuple[int,
     """Logits `[t, vocabulary]` of one sample through transformers' own forward."""
     inputs = pixel_batch([example], [sizes], geometry(model.config), model.config)
     del inputs["labels"]
-    return model(**inputs).logits[0]
+    return model(**{name: value.to(model.device) for name, value in inputs.items()}).logits[0]
 
 
 def packed_logits(model: LlavaNextForConditionalGeneration, batch: PackedBatch) -> torch.Tensor:
@@ -187,10 +187,10 @@ def packed_logits(model: LlavaNextForConditionalGeneration, batch: PackedBatch) 
 
 def stock_loss(model: StockLlavaNext, samples: list[tuple[Example, list]], weights: torch.Tensor) -> torch.Tensor:
     """Weighted loss sum over samples, one stock forward each. `weights` float32 `[slots]`."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=model.device)
     for example, sizes in samples:
-        logits = stock_logits(model, example, sizes)
-        labels = torch.from_numpy(example.labels)
+        logits = stock_logits(model, example, sizes).float()
+        labels = torch.from_numpy(example.labels).to(model.device)
         nll = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
         total = total + nll * weights[example.slot]
     return total

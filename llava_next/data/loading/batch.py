@@ -105,7 +105,9 @@ class PackedBatch:
         Args:
             slot_weights: float32 `[B]` on the host, weight of each supervised token of the sample in that slot.
         """
-        return replace(self, target_weights=self.target_weights * slot_weights[self.target_slot])
+        weights = self.target_weights * slot_weights[self.target_slot]
+        # a copy from pageable memory may wait for all that the device has been given
+        return replace(self, target_weights=weights.pin_memory() if self.target_weights.is_pinned() else weights)
 
     def model_inputs(self, device: torch.device) -> dict:
         """The fields that the model's forward takes, tensors copied to `device` without waiting."""

@@ -2,6 +2,7 @@
 
 modeling.py: `LlavaNextForConditionalGeneration` with the packed forward
 attention.py: causal attention by segment
+fused.py: norms, SwiGLU and rotary embedding by Liger's kernels
 head.py: the LM head whose forward is the loss
 lora.py: low-rank adapters by peft, and their dropout
 

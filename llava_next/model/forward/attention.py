@@ -4,8 +4,10 @@ Registered with transformers under the name `segment`, so that the stock decoder
 passes `cu_seq_lens_q` and `max_length_q` down to the layers, and no T x T mask is ever built. Without those arguments
 (generate, the stock forward) it is transformers' own SDPA attention.
 
-Three kernels compute it: torch's variable-length attention (CUDA), the flash-attn package (CUDA, when asked for), and
-one SDPA call a segment (anywhere; exact, and the only one for float32). `choose_attention` picks one and says why.
+What computes it: torch's variable-length attention (CUDA), by FlashAttention 3 where its package is installed (Hopper),
+else by the FlashAttention 2 that torch brings; the flash-attn package (CUDA, when asked for); one SDPA call a segment
+(anywhere; exact, and the only one for float32). Keys and values that several query heads share are never repeated.
+`choose_attention` picks one and says why.
 """
 
 import importlib.util
@@ -13,6 +15,7 @@ import inspect
 from functools import cache, partial
 
 import torch
+from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,21 +24,25 @@ from transformers.masking_utils import sdpa_mask
 SEGMENT_ATTENTION = "segment"
 
 # Names in transformers' registry. None holds "flash" or "sdpa": transformers reads those words as its own kernels.
-KERNEL_NAMES = {"varlen": "segment_varlen", "flash": "segment_fa", "sdpa": "segment_loop"}
+KERNEL_NAMES = {"fa3": "segment_fa3", "varlen": "segment_varlen", "flash": "segment_fa", "sdpa": "segment_loop"}
 SEGMENT_NAMES = (SEGMENT_ATTENTION, *KERNEL_NAMES.values())
 HALF = (torch.bfloat16, torch.float16)
+FA3_MODULE = "flash_attn_interface"  # of the package flash_attn_3: what torch imports
 
 
 def choose_attention(wanted: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
     """The kernel that segment attention will run on, and the reason, for the run's plan.
 
+    `fa3` puts FlashAttention 3 in the place of torch's own for this process, in the tower's SDPA too; any other choice
+    takes it away again.
+
     Args:
-        wanted: `auto`, or `varlen`, `flash` or `sdpa` to insist on one.
+        wanted: `auto`, or `fa3`, `varlen`, `flash` or `sdpa` to insist on one.
         device: where the model runs.
         dtype: of queries and keys: what the model computes in.
 
     Returns:
-        (name, reason); the name is `varlen`, `flash` or `sdpa`. See `attention_names`.
+        (name, reason); the name is a key of `KERNEL_NAMES`. See `attention_names`.
 
     Raises:
         ValueError: an unknown name, or a kernel that cannot run here; the message says what would help.
@@ -43,17 +50,23 @@ def choose_attention(wanted: str, device: torch.device | str, dtype: torch.dtype
     if wanted not in ("auto", *KERNEL_NAMES):
         raise ValueError(f"attn_implementation: {wanted!r} is none of auto, {', '.join(KERNEL_NAMES)}")
     device = torch.device(device)
+    _take_fa3_away()
     if wanted == "sdpa":
         # reading the segment borders stops the host until the device has caught up, once a layer
         cost = ", slow on a GPU: it waits for the segment borders in every layer" if device.type == "cuda" else ""
         return "sdpa", f"asked for: one SDPA call a segment{cost}"
     obstacle = _obstacle(device, dtype)
-    if wanted == "auto":
-        if obstacle is None:
-            return "varlen", "torch's own variable-length kernel; nothing to install"
+    if obstacle is not None and wanted == "auto":
         return "sdpa", f"one SDPA call a segment: {obstacle}"
     if obstacle is not None:
         raise ValueError(f"attn_implementation: {wanted} cannot run here: {obstacle}; set it to auto or sdpa")
+    if wanted in ("auto", "fa3"):
+        missing = _activate_fa3(device)
+        if missing is None:
+            return "fa3", f"FlashAttention 3 by torch's variable-length attention{', asked for' * (wanted == 'fa3')}"
+        if wanted == "fa3":
+            raise ValueError(f"attn_implementation: fa3 cannot run here: {missing}; set it to auto or varlen")
+        return "varlen", f"torch's own variable-length kernel; not FlashAttention 3: {missing}"
     if wanted == "flash":
         if importlib.util.find_spec("flash_attn") is None:
             raise ValueError(
@@ -80,6 +93,27 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)"
     if dtype not in HALF:
         return f"variable-length kernels take bfloat16 and float16, the model computes in {dtype}"
+    return None
+
+
+def _take_fa3_away() -> None:
+    current = getattr(torch_attention, "current_flash_attention_impl", None)  # torch from 2.11 on, in part
+    if current is not None and current() == "FA3":
+        torch_attention.restore_flash_attention_impl()
+
+
+def _activate_fa3(device: torch.device) -> str | None:
+    """Has torch compute flash attention by FlashAttention 3; returns why it cannot, None when it does from now on."""
+    if torch.cuda.get_device_capability(device)[0] != 9:  # torch would take it here, and fail in the first forward
+        return f"{torch.cuda.get_device_name(device)} is no Hopper (compute capability 9)"
+    if not hasattr(torch_attention, "restore_flash_attention_impl"):
+        return f"torch {torch.__version__} has no place for it"
+    if importlib.util.find_spec(FA3_MODULE) is None:
+        return f"the package flash_attn_3 (module {FA3_MODULE}) is not installed"
+    try:
+        torch_attention.activate_flash_attention_impl("FA3")
+    except Exception as error:  # built for another torch or CUDA, or without a backward: whatever its import raises
+        return f"{FA3_MODULE} does not load ({type(error).__name__}: {error})"
     return None
 
 
@@ -160,7 +194,10 @@ def _sdpa_per_segment(query, key, value, cu_seqlens: torch.Tensor, max_length: i
 
 @cache
 def _varlen_options(grouped: bool) -> dict:
-    """How this torch release spells causal and grouped-query attention (2.11 to 2.13 differ)."""
+    """How this torch release spells causal and grouped-query attention.
+
+    2.11 has no word for the latter and does not look at the number of heads: its kernel takes fewer key heads as well.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -173,12 +210,8 @@ def _varlen_options(grouped: bool) -> dict:
 def _varlen(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling: float | None) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = query.shape[1] != key.shape[1]
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    options = _varlen_options(grouped)
-    if grouped and "enable_gqa" not in options:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    options = _varlen_options(grouped=q.shape[1] != k.shape[1])
     if scaling is not None:
         options = {**options, "scale": scaling}
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, **options).unsqueeze(0)
@@ -193,7 +226,7 @@ def _flash(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling
     ).unsqueeze(0)
 
 
-_KERNELS = {"varlen": _varlen, "flash": _flash, "sdpa": _sdpa_per_segment}
+_KERNELS = {"fa3": _varlen, "varlen": _varlen, "flash": _flash, "sdpa": _sdpa_per_segment}
 
 
 def keep_loop_uncompiled() -> None:

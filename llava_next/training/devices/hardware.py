@@ -142,8 +142,18 @@ def parse_hardware(text: str) -> Hardware:
     )
 
 
+def prepare_allocator() -> None:
+    """Has CUDA's allocator grow its segments: micro-batches differ in length, and fixed ones would leave gaps.
+
+    torch reads this when CUDA starts and never again: it comes before anything asks for a device.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def present_hardware() -> Hardware:
     """The machine at hand, shared by the processes of this launch."""
+    prepare_allocator()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if torch.cuda.is_available():

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from llava_next.data.storage.lease import release_all
 from llava_next.model.forward.attention import keep_loop_uncompiled
+from llava_next.training.devices.hardware import prepare_allocator
 from llava_next.training.devices.launch import check_launch, hsdp_sizes, layer_classes, layer_stacks
 
 # gloo for small tensors on the host (counts, flags, sizes): the control plane never waits for the GPU
@@ -55,9 +56,7 @@ def build_accelerator() -> Accelerator:
         ValueError: see `check_launch`.
     """
     check_launch()
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # micro-batches differ in length: segments of one size each would leave gaps. Read when CUDA starts, so not late
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    prepare_allocator()
     plugin = FullyShardedDataParallelPlugin()
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16":
         # Accelerate's own choice for bf16 reduces gradients and returns outputs in bf16.
@@ -174,6 +173,13 @@ def _recomputing(layer_class: type[nn.Module], offload: bool) -> type[nn.Module]
 
     kind = type(layer_class.__name__, (layer_class,), {"forward": forward})
     return kind
+
+
+def use_deterministic() -> None:
+    """The same bits whenever the same is computed, on CUDA too: attention's backward and sums by index in one order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was never written
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:

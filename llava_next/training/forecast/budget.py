@@ -84,7 +84,7 @@ class Layout:
     Args:
         shard: ranks that share one copy of weights, gradients and optimizer state (HSDP: those of a node).
         compute: precision and attention of the forward.
-        reshard: gathered weights are freed after a layer's forward.
+        reshard: gathered weights are freed after a layer's forward; else all stay for a whole step.
         on_gpu: counts CUDA's and NCCL's own memory.
         offload: weights, gradients and optimizer state wait in host memory.
         replicate: copies of the model (HSDP: one a node).

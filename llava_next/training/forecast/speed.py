@@ -30,21 +30,26 @@ SUPERVISED_SHARE = 0.1  # of all tokens, assumed: it moves the FLOPs by 1 %
 USUAL_PEAK = 300e12  # to compare plans on a device whose own peak is not known
 
 
-def communication_bytes(weights: Unit, shard: int, reshard: bool = True, nbytes: int = 2) -> float:
+def communication_bytes(weights: Unit, shard: int, gathers: int = 2, nbytes: int = 2) -> float:
     """Bytes that a rank receives in one micro-batch from those that it shares a copy with.
 
-    Weights are gathered for the forward and, when they were freed, for the backward; gradients are reduced in fp32.
+    Gradients are reduced in fp32.
 
     Args:
         weights: of the whole model; shard: ranks of a copy; nbytes: of a gathered weight.
+        gathers: of weights: for the forward and, when they were freed, for the backward.
     """
-    return (shard - 1) / shard * (nbytes * (1 + reshard) * weights.parameters + 4 * weights.trainable)
+    return (shard - 1) / shard * (nbytes * gathers * weights.parameters + 4 * weights.trainable)
 
 
-def communication_seconds(weights: Unit, layout: Layout, hardware: Hardware) -> float:
-    """Seconds that a micro-batch moves weights and gradients: in a node by its links, else by the network."""
+def communication_seconds(weights: Unit, layout: Layout, hardware: Hardware, first: bool = True) -> float:
+    """Seconds that a micro-batch moves weights and gradients: in a node by its links, else by the network.
+
+    Args:
+        first: of its step: weights that are not freed are gathered once a step.
+    """
     near = layout.shard <= hardware.per_node
-    own = communication_bytes(weights, layout.shard, layout.reshard, layout.compute.nbytes)
+    own = communication_bytes(weights, layout.shard, 2 if layout.reshard else first, layout.compute.nbytes)
     copies = layout.replicate
     across = 2 * (copies - 1) / copies * 4 * weights.trainable / layout.shard  # a ring's all-reduce of its shard
     return own / (hardware.near if near else hardware.far) + across / hardware.far
@@ -77,10 +82,11 @@ def step_seconds(
         flops: by step, of every micro-batch on every rank: [micro-batches, ranks].
     """
     peak = ASSUMED_HFU * (hardware.peak or USUAL_PEAK)
-    moving = communication_seconds(weights, layout, hardware)
+    first, later = (communication_seconds(weights, layout, hardware, first) for first in (True, False))
     total = computed = moved = 0.0
     for step in flops:
-        slowest = step.max(axis=1) / peak
+        slowest, moving = step.max(axis=1) / peak, np.full(len(step), later)
+        moving[0] = first
         total += np.maximum(slowest, moving).sum() + MICRO_STEP_SECONDS * len(slowest)
-        computed, moved = computed + slowest.sum(), moved + moving * len(slowest)
+        computed, moved = computed + slowest.sum(), moved + moving.sum()
     return total / len(flops), computed / len(flops), moved / len(flops)

@@ -169,17 +169,22 @@ class RunConfig:
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
         data, optim, checkpoint, profile: see there.
         lora: train low-rank adapters; null: in full.
-        attn_implementation: segment attention's kernel: torch's varlen (CUDA), flash-attn, one SDPA call a segment, or
-            the best that runs here.
+        attn_implementation: segment attention's kernel: FlashAttention 3 (Hopper, package flash_attn_3), torch's varlen
+            (CUDA), flash-attn, one SDPA call a segment, or the best that runs here.
         activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps
             everything for backward (`none`), the outputs of its matrix products and attention (`selective`: less
             memory, next to nothing computed twice), or its input (`full`); a number: so many of the language model's
             layers their input, the others `selective`; `auto`: what takes the least time and fits. With `false` there
             every layer keeps everything.
         compile_layers: torch.compile for each layer of tower and language model, for sequences of any length. The first
-            steps wait for it. Names in checkpoints and results are the same, so a run may go on with or without it.
+            steps wait for it; `auto`: not until a GPU's figures say that it pays. Names in checkpoints and results are
+            the same, so a run may go on with or without it.
         float8: matrix products of the language model's layers in float8, rounded by one scale a tensor; extra `float8`,
             GPUs from Ada and Hopper on, meant to go with compile_layers. MFU in the log stays a share of the bf16 peak.
+        fused_layers: norms, SwiGLU and rotary embedding of the language model by Liger's kernels (extra `fused`);
+            `auto`: on CUDA where they are installed, but not beside compile_layers and float8.
+        deterministic: on GPUs too the same run gives the same bits, as on CPUs always, and goes on bit by bit from a
+            checkpoint; some sums and attention's backward take longer for it.
         seed: of the data order.
         max_steps: stop after this many steps although the schedule goes on; null runs to the end.
         log_every: steps between console lines.
@@ -195,10 +200,12 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lora: Lora | None = None
-    attn_implementation: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
+    attn_implementation: Literal["auto", "fa3", "varlen", "flash", "sdpa"] = "auto"
     activation_checkpointing: Literal["auto", "none", "selective", "full"] | int = "auto"
-    compile_layers: bool = False
+    compile_layers: Literal["auto"] | bool = "auto"
     float8: bool = False
+    fused_layers: Literal["auto"] | bool = "auto"
+    deterministic: bool = False
     seed: int = 42
     max_steps: int | None = None
     log_every: int = 10
@@ -208,6 +215,16 @@ class RunConfig:
 
     def __post_init__(self):
         self.optim.rates.lora = self.lora
+
+    @property
+    def compiled(self) -> bool:
+        """What `compile_layers` means."""
+        return self.compile_layers is True
+
+    @property
+    def fused_elsewhere(self) -> str | None:
+        """The option beside which Liger's kernels do not pay."""
+        return "compile_layers" if self.compiled else "float8" if self.float8 else None
 
 
 @dataclass(frozen=True)
@@ -353,6 +370,12 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
     if config.float8:
         check_float8(llm_trains=optim.rates.llm is not None)
+    elsewhere = config.fused_elsewhere
+    require(
+        config.fused_layers is not True or elsewhere is None,
+        "fused_layers",
+        f"its kernels do not pay beside {elsewhere}, which has its own; set it to auto or false",
+    )
     if config.lora:
         check_lora(config.lora)
         check_adapted(config)
@@ -377,7 +400,7 @@ def check_adapted(config: RunConfig) -> None:
                 f"optim.rates.{name}: {rate:g}, but under lora it trains by adapters or not at all: set null, or add "
                 f"{name} to lora.targets"
             )
-    if config.compile_layers and config.lora.dora:
+    if config.compiled and config.lora.dora:
         raise ValueError("compile_layers: peft's layers for lora.dora cannot be compiled; set one of them to false")
     if config.float8:
         raise ValueError("float8: the matrices that it multiplies faster are frozen under lora; set it to false")

@@ -3,7 +3,7 @@
 journal.py: metrics.jsonl and console, and numbers for the trackers
 trackers.py: wandb and tensorboard, which may fail
 metrics.py: lines and numbers of it
-timing.py: seconds of the parts of a step
+timing.py: what the device tells of a step, without waiting for more than it
 health.py: skipped updates, heartbeats, garbage collection
 profile.py: traces of chosen steps
 stopping.py: why a run is to stop before its end

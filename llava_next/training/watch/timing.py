@@ -1,4 +1,4 @@
-"""How long the parts of a step take, on the device and without waiting for it."""
+"""What the device tells of a step, its results and how long its parts take, without waiting for more than that step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ import time
 import torch
 
 PHASES = ("forward", "backward", "optimizer")
+
+
+class Reading:
+    """Values of a tensor that the host will want later, when it has given the device more to do.
+
+    Read from the tensor then, they would come behind all of that: the host would wait for work that it has just queued.
+    """
+
+    def __init__(self, values: torch.Tensor):
+        self._values, self._there = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def tolist(self) -> list[float]:
+        """The values; waits for what was queued before they were asked for."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._values.tolist()
 
 
 class StepTimer:

@@ -78,6 +78,8 @@ def one_step(accelerator, folder: str, out: str, frozen: list[str], checkpointin
     for batch in micros:
         loss = model(**batch.weighted(weights).model_inputs(accelerator.device), num_sources=2).loss
         result = shape_of(model)
+        if not accelerator.state.fsdp_plugin.reshard_after_forward:  # as the training loop keeps them for a step
+            model.set_reshard_after_backward(batch is micros[-1])
         (loss * accelerator.num_processes).backward()
         total += loss.detach()
     dist.all_reduce(total)
