@@ -17,6 +17,7 @@ import finetune
 import merge
 from llava_next.data.inputs.listing import list_json
 from llava_next.model.folders.adapters import check_adapter
+from llava_next.model.folders.card import points_of, read_story
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.checkpoints.recovery import checkpoint_to_resume, complete_checkpoints
@@ -272,6 +273,21 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
     assert len(weights) == 2 * 14 + 4 + 1  # A and B of 7 matrices in 2 layers, projector, newline
     assert (run / "base/model-model.safetensors").samefile(demo / "base/model.safetensors")
     assert len(load_file(run / "base/trained.safetensors")) == 5
+
+
+def test_cards_of_a_run_tell_its_data_recipe_and_losses_and_not_where_it_lay(lora_run, demo):
+    run, metrics = lora_run
+    for name, library in (("model", "transformers"), ("adapter", "peft")):
+        text = (run / name / "README.md").read_text()
+        story = read_story(run / name)
+        assert f"library_name: {library}\n" in text and str(run.parent) not in text and str(demo) not in text
+        assert [part["name"] for part in story.parts] == ["random weights"] * 2 and "license" not in text
+        (stage,) = story.stages
+        assert stage["title"] == "stage 2, LoRA" and stage["steps"] == len(metrics)
+        assert points_of(stage) == [(m["step"], pytest.approx(m["loss"], rel=1e-4)) for m in metrics]
+        assert stage["data"][0]["samples"] == json.loads((demo / "shards/dataset.json").read_text())["samples"]
+        assert "ends with `</s>`" in text
+    assert json.loads((run / "provenance.json").read_text())["stage"]["data"] == stage["data"]
 
 
 def test_damaged_adapter_folders_are_found_out(lora_run, tmp_path):
