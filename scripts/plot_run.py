@@ -124,8 +124,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def labels(folders: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell the runs apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
+    parts, names = [folder.resolve().parts for folder in folders], []
+    for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
             break

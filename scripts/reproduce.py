@@ -98,20 +98,17 @@ def published(args: argparse.Namespace) -> None:
 
     if args.pinpoints:
         raise ValueError("--pinpoints is for digits; a recipe's canvases are the published ones")
-    hardware = parse_hardware(args.machine)
+    hardware, is_walked = parse_hardware(args.machine), bool(args.run or args.step)
+    launch = launch_here(args) if is_walked else launch_words(hardware)
     mix = next(source for source in MIXES if source.name == args.mix)
     places = Places(args.data, args.shards or str(args.out / "shards"), args.out, mix)
+    if is_walked and (missing := places.missing()):
+        names = ", ".join(missing)
+        raise ValueError(f"--data: not there: {names}; see data_tools/README.md#the-published-data-sets")
     sources = (("pretrain", PRETRAIN), ("finetune", mix))
     found = tuple(forecast(args.name, stage, args.machine, source, places.built(source)) for stage, source in sources)
-    launch = launch_words(hardware)
-    if args.run or args.step:
-        launch = launch_here(args)
     steps = published_steps(args.name, places, launch, found, args.ledger or LEDGER)
-    if args.run or args.step:
-        if missing := places.missing():
-            raise ValueError(
-                f"--data {args.data}: {', '.join(missing)} not there: see data_tools/README.md#the-published-data-sets"
-            )
+    if is_walked:
         walk(steps, args.step, {})
         if args.run and not args.step:
             scores = args.out / "scores/scores.json"

@@ -18,11 +18,14 @@ from llava_next.data.storage.client import written_aside
 from llava_next.model.folders.card import CARD, CARD_FILES, Story, read_story, thinned, write_card
 from llava_next.model.folders.starting import model_fingerprint
 from llava_next.training.checkpoints.exports import COMPANIONS
-from llava_next.training.checkpoints.same_run import describe_rates
+from llava_next.training.checkpoints.same_run import describe_rates, options_of
 from llava_next.training.planning import Plan
 from llava_next.training.recipe.config import RunConfig
 
 PROVENANCE = "provenance.json"
+# options that `recipe_of` words itself; any other that changes what is learned is listed as it is
+SHOWN = ("optim.rates", "optim.betas", "optim.eps", "optim.weight_decay", "optim.warmup_ratio", "optim.max_grad_norm")
+SHOWN += ("optim.loss_weighting", "data.template", "data.max_length", "data.images", "lora")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "flash-attn", "pillow")
 
 
@@ -78,6 +81,7 @@ def stage_of(config: RunConfig, mixture: Mixture) -> dict:
 def recipe_of(config: RunConfig, total_steps: int) -> dict[str, str]:
     """What decides what is learned, label -> text."""
     data, optim, lora = config.data, config.optim, config.lora
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     found = {
         "trained": describe_rates(asdict(optim.rates)),
         "samples a step": str(data.batch_size),
@@ -90,14 +94,16 @@ def recipe_of(config: RunConfig, total_steps: int) -> dict[str, str]:
         "schedule": f"linear warm-up over {100 * optim.warmup_ratio:g} % of {total_steps:,} steps, cosine to 0",
         "gradient clipping": "none" if optim.max_grad_norm is None else f"{optim.max_grad_norm:g}",
         "loss weighting": optim.loss_weighting,
-        "precision": f"{os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')} (no: float32), masters in float32",
+        "precision": {"no": "float32"}.get(precision, precision),
         "seed": str(config.seed),
     }
     if lora:
         found["adapters"] = f"r {lora.r}, scale {lora.scale:g}, dropout {lora.dropout:g}, in {', '.join(lora.targets)}"
         found["adapters"] += ", DoRA" if lora.dora else ""
-    if config.float8:
-        found["matrix products"] = "float8"
+    usual, here = (options_of(asdict(run)) for run in (RunConfig(), config))
+    others = [key for key in here if here[key] != usual.get(key) and not key.startswith(SHOWN)]
+    if others:
+        found["other options"] = ", ".join(f"{key} {here[key]}" for key in others)
     return found
 
 

@@ -13,6 +13,7 @@ from llava_next.training.recipe.config import RunConfig
 from llava_next.training.watch.launcher import say_last
 
 KEY = "push_to_hub"
+MOST_SAID = 300  # characters of an error of the hub's
 
 
 def check_push(config: RunConfig) -> list[str]:
@@ -40,7 +41,7 @@ def check_push(config: RunConfig) -> list[str]:
             ) from error
         return [f"{KEY}: the token could not be looked at (HTTP {status}); the upload may fail, the run will not"]
     except Exception as error:  # no network now: there may be one at the end
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = " ".join(str(error).split())[:MOST_SAID] or type(error).__name__
         return [f"{KEY}: the hub cannot be reached now ({said}); the upload may fail, the run will not"]
     owner, own = config.push_to_hub.partition("/")[0], [who["name"], *(org["name"] for org in who.get("orgs", []))]
     if owner.lower() not in [name.lower() for name in own]:
@@ -67,11 +68,11 @@ def push(config: RunConfig) -> int:
         api.create_repo(repo, private=not config.push_public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Result of a training run")
     except Exception as error:
-        said = str(error).strip().splitlines()
+        said = " ".join(str(error).split())[:MOST_SAID] or type(error).__name__
         visibility = "--no-private" if config.push_public else "--private"
         say_last(
             f"{KEY}: the run is done and {folder} is whole, but it could not be uploaded to {repo} "
-            f"({said[0] if said else type(error).__name__}). To repeat that:\n"
+            f"({said}). To repeat that:\n"
             f"{shlex.join(['hf', 'upload', repo, str(folder), '.', visibility])}",
             1,
         )
