@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from llava_next.paths import local_path
-from reproducing.digits import ENVIRONMENT, HELD_OUT, digits_steps, told_expected, verdict
+from reproducing.digits import ENVIRONMENT, digits_steps, verdict
 from reproducing.steps import Step, Stopped, run_steps, script
 
 DIGITS = "digits"
@@ -76,10 +76,8 @@ def digits(args: argparse.Namespace) -> None:
     if args.step or args.run:
         walk(steps, args.step, ENVIRONMENT)
     else:
-        head = [
-            "the digits of the quickstart, on this machine (scripts/quickstart.sh installs, and walks the same path)"
-        ]
-        print(script(steps, ENVIRONMENT, head, [f"then: {told_expected()} of {HELD_OUT}"]))
+        head = ["the digits of the quickstart, on this machine; scripts/quickstart.sh installs and walks this path"]
+        print(script(steps, ENVIRONMENT, head))
     if args.run and not args.step:
         answers = args.out / "answers.json"
         finish_run(args, {"pretrain": None, "finetune": answers})
@@ -134,11 +132,9 @@ def totals(args: argparse.Namespace, hardware, found: tuple) -> list[str]:
         return [*lines, "hours: not known for this machine"]
     hours = sum(f.hours for f in found)
     spent = hours * hardware.world
-    cost = (
-        f"{spent * args.gpu_hour:,.0f} at {args.gpu_hour:g} a GPU hour"
-        if args.gpu_hour
-        else "--gpu_hour PRICE tells the cost"
-    )
+    cost = "--gpu_hour PRICE tells the cost"
+    if args.gpu_hour:
+        cost = f"{spent * args.gpu_hour:,.0f} at {args.gpu_hour:g} a GPU hour"
     lines.append(
         f"training: {hours:.1f} hours, {spent:.0f} GPU hours ({cost}); a forecast by assumed speeds, without builds "
         "and evaluation"
