@@ -73,7 +73,7 @@ def build(name: str, data: Path, base: Path, shards: Path, cores: int, ledger: P
     words = ("--json", data / f"{name}.json", "--images", data / "images", "--out", shards / name, "--model", base)
     command = python("data_tools/build_shards.py", *words, "--codec", "webp", "--workers", cores)
     index = known_index(ledger, "digits", name) or "unknown until built"
-    return Step("shards", (f"{name} cut into tiles; sha256 of the index: {index}",), command)
+    return Step("shards", (f"{name} cut into tiles; sha256 of its dataset.json: {index}",), command)
 
 
 def stage(part: str, name: str, run: Path, model: Path, data: Path, gpus: int) -> Step:

@@ -154,7 +154,8 @@ def _score(found: dict | None) -> str:
 
 
 def known_index(ledger: Path, name: str, source: str) -> str:
-    """Sha256 of the index that a recipe's last run in the ledger had for a data set; empty when none had it."""
+    """Sha256 of dataset.json, which names index and shards by theirs, that a recipe's last run in the ledger had for a
+    data set; empty when none had it."""
     lines = read_ledger(ledger) if ledger.exists() else []
     rows = [row for line in lines if line["name"] == name for row in line["data"] if row["name"] == source]
     return rows[-1]["index"] if rows else ""

@@ -208,7 +208,7 @@ def build(name: str, source: Source, tower: str, places: Places, found: Forecast
     index = known_index(ledger, name, source.name) or "unknown until built"
     count = f"{'' if source.counts['total'] else 'about '}{source.samples:,} samples"
     about = (
-        f"{source.name}: {count}, which the build checks ({source.expect}); sha256 of its index: {index}; about "
+        f"{source.name}: {count}, which the build checks ({source.expect}); sha256 of its dataset.json: {index}; about "
         f"{gb(found.data)}",
         "samples whose pictures are missing or damaged are left out and listed in rejected.jsonl",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -173,5 +174,7 @@ def whole_dataset(place: str) -> dict | None:
 
 def told_dataset(place: str) -> str:
     """A whole data set in words; else nothing."""
-    found = whole_dataset(place)
-    return f"{place}: {found['samples']:,} samples, index sha256 {found['index_sha256'][:16]}" if found else ""
+    if (found := whole_dataset(place)) is None:
+        return ""
+    digest = hashlib.sha256((Path(place) / "dataset.json").read_bytes()).hexdigest()[:16]
+    return f"{place}: {found['samples']:,} samples, sha256 of its dataset.json: {digest}"

@@ -1,5 +1,6 @@
 """Repeating a run: its path is a script of commands that exist, what is there and whole is skipped, figures hold."""
 
+import hashlib
 import json
 import os
 import re
@@ -138,9 +139,9 @@ def test_outputs_that_are_cut_off_are_not_whole(built, tmp_path):
         (tmp_path / "model.safetensors").write_bytes(content[:end])
         assert whole_model(tmp_path) == ""
     shutil.copytree(built, tmp_path / "set")
-    assert f"{json.loads((built / 'dataset.json').read_text())['samples']} samples, index sha256" in told_dataset(
-        str(tmp_path / "set")
-    )
+    text = (built / "dataset.json").read_bytes()
+    told = f"{json.loads(text)['samples']} samples, sha256 of its dataset.json: {hashlib.sha256(text).hexdigest()[:16]}"
+    assert told_dataset(str(tmp_path / "set")) == f"{tmp_path}/set: {told}"
     shard = next((tmp_path / "set").glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
     assert told_dataset(str(tmp_path / "set")) == told_dataset("s3://bucket/set") == ""

@@ -39,7 +39,7 @@ class Story:
 
     Args:
         parts: what it was made of: `role`, `name`, `on_hub` (the name is a repository), and `LICENCE` as it states it.
-        stages: trainings, oldest first: `title`; `data`: rows of `name`, `samples`, `weight`, `index`; `recipe` and
+        stages: trainings, oldest first: `title`; `data`: rows of `name`, `samples`, `weight`, `index` (`Index.hash`); `recipe` and
             `versions`: label -> text; `loss`: as `thinned` gives; `steps`.
         datasets: hub names of what was trained on, as far as known.
         scores: name -> `value`, and `metric`, `samples`, `noise`, `published` where they are known.
@@ -198,7 +198,7 @@ def data_table(story: Story) -> str:
         for stage in story.stages
         for row in stage["data"]
     ]
-    return table(("stage", "source", "samples", "weight", "sha256 of its index"), rows) if rows else ""
+    return table(("stage", "source", "samples", "weight", "sha256 of its dataset.json"), rows) if rows else ""
 
 
 def stage_table(story: Story, key: str) -> str:
