@@ -29,6 +29,8 @@ from llava_next.training.devices.parallel import build_accelerator, finish
 from llava_next.training.ending import fail, refuse
 from llava_next.training.loop import Trainer
 from llava_next.training.planning import Plan, check_plan, keep_choice, make_plan
+from llava_next.training.provenance import card_writer, keep_provenance
+from llava_next.training.pushing import push
 from llava_next.training.readiness import check_ready, keep_companions
 from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
 from llava_next.training.setup import (
@@ -129,7 +131,8 @@ def train(
     replan = partial(mixture.resume, allow_changed_plan=config.data.allow_changed_plan)
     resume = verified(config, resume, replan, accelerator.print)
     kept = (partial(save_run, given, run_dir / "config.yaml"), partial(keep_choice, plan, run_dir))
-    resume.prepare(run_dir, lambda: [keep() for keep in (*kept, partial(keep_companions, config, parts))])
+    kept += (partial(keep_companions, config, parts), partial(keep_provenance, plan, mixture))
+    resume.prepare(run_dir, lambda: [keep() for keep in kept])
     start_trackers(config, accelerator, accelerator.print)
 
     memory = MemoryWatch(run_dir, accelerator.process_index, accelerator.device, plan.picking, plan.picked)
@@ -165,11 +168,12 @@ def train(
         finish(accelerator)
 
     check = partial(report_export, keep_template=config.data.keep_template)
-    export_model(model, run_dir / "model", run_dir / COMPANIONS, resume.folder, check)
+    tell = card_writer(config, mixture, trainer.step)
+    export_model(model, run_dir / "model", run_dir / COMPANIONS, resume.folder, check, tell)
     if config.lora:
-        export_adapter(model, config, resume.folder)
+        export_adapter(model, config, resume.folder, tell)
     say_last("", 0)
-    finish(accelerator)
+    finish(accelerator, last=partial(push, config))
 
 
 if __name__ == "__main__":

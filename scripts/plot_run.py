@@ -1,10 +1,11 @@
 """Draws loss, throughput and learning rates of one or several runs to one picture, from their metrics.jsonl.
 
     python scripts/plot_run.py runs/vicuna-7b runs/vicuna-7b-again --out compare.png
+    python scripts/plot_run.py --ledger scripts/benchmarks/ledger.jsonl --out ledger.png
 
 Works while a run is going on. Steps that a resumed run did again count once, as done last; a line that a crash cut off
 is left out; a step whose loss was not finite is marked. With two to five sources the fourth panel is the loss of each,
-else the gradient norm.
+else the gradient norm. Of a ledger (scripts/reproduce.py) losses and scores are drawn, and a table is printed.
 """
 
 import json
@@ -21,6 +22,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from llava_next.paths import drawing_path, local_path
+from reproducing.ledger import label, ledger_table, points_of, read_ledger
 
 # Okabe and Ito's palette without yellow and black: distinct also for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -122,8 +124,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def labels(folders: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell the runs apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
+    parts, names = [folder.resolve().parts for folder in folders], []
+    for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
             break
@@ -213,6 +215,27 @@ def draw_sources(axis, run: Run, colour, window: int, several: bool) -> None:
         draw_smoothed(axis, run, f"source_loss/{source}", chosen[0], window, label, chosen[1])
 
 
+def draw_ledger(lines: list[dict]) -> plt.Figure:
+    """Losses of the runs of a ledger, and of each benchmark their scores with two standard errors."""
+    with plt.rc_context(STYLE):
+        figure, (loss, scores) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+        names = list(dict.fromkeys(name for line in lines for name in line["scores"]))
+        for number, line in enumerate(lines):
+            colour, style = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
+            if points := points_of(line):
+                text = f"{label(line)}, {line['date']}"
+                loss.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.6, label=text)
+            shift = 0.5 * (number + 1) / (len(lines) + 1) - 0.25
+            for name, found in line["scores"].items():
+                place, noise = names.index(name) + shift, 2 * (found.get("noise") or 0)
+                scores.errorbar(place, found["value"], noise, fmt="o", color=colour, capsize=3)
+        scores.set_xticks(range(len(names)), names)
+        finish(loss, "Loss")
+        scores.set_title("Scores, ± two standard errors" if names else "No scores yet")
+        scores.margins(x=0.2)
+    return figure
+
+
 def finish(axis, title: str, bottom: float | None = None, robust: list | None = None) -> None:
     """Title, legend and limits of a panel.
 
@@ -244,17 +267,23 @@ def number(value: float, position=None) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=local_path, help="run folders (run_dir of a training)")
+    parser.add_argument("runs", nargs="*", type=local_path, help="run folders (run_dir of a training)")
+    parser.add_argument("--ledger", type=local_path, help="draw the runs of this ledger instead, print a table")
     parser.add_argument("--out", type=drawing_path, default=Path("runs.png"), help="PNG or WebP file")
     parser.add_argument("--smooth", type=int | None, help="steps to average over; default: a fiftieth of the run")
     args = parser.parse_args()
+    if bool(args.runs) == bool(args.ledger):
+        parser.error("give run folders, or --ledger")
     try:
+        lines = read_ledger(args.ledger) if args.ledger else []
         runs = [read_run(folder, name) for folder, name in zip(args.runs, labels(args.runs), strict=True)]
     except ValueError as error:
         sys.exit(f"error: {error}")
     aside = args.out.with_name(f".{args.out.name}.tmp")
-    draw(runs, args.smooth).savefig(aside, dpi=140, format=args.out.suffix[1:])
+    figure = draw_ledger(lines) if lines else draw(runs, args.smooth)
+    figure.savefig(aside, dpi=140, format=args.out.suffix[1:])
     os.replace(aside, args.out)  # a viewer that reloads never sees half a picture
+    print(ledger_table(lines) if lines else "", end="\n" if lines else "")
     for run in runs:
         loss = smooth(run.values["loss"], max(1, len(run.steps) // 50))[-1] if "loss" in run.values else np.nan
         cut = f"; loss not finite in {len(run.broken_steps())} steps" if len(run.broken_steps()) else ""

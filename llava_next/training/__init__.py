@@ -7,6 +7,8 @@ banner.py: the plan of a run, printed before it starts
 loop.py: the training loop
 validate.py: held-out loss
 readiness.py: what the end of a run needs, before its first step
+provenance.py: what a run was made with, for its card and the ledger
+pushing.py: the result on the hub
 ending.py: what a rank says last, and its exit status
 
 May import: the root's files, data.inputs, data.loading, data.plan, data.storage, model.folders, model.forward,

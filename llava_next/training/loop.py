@@ -21,6 +21,7 @@ from llava_next.data.plan.mixture import Mixture
 from llava_next.training.checkpoints.exports import COMPANIONS, export_model
 from llava_next.training.checkpoints.saving import Checkpoints
 from llava_next.training.devices.agreement import RunStopped, StepCounts, any_rank, slot_weights, take_step
+from llava_next.training.provenance import card_writer
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import rate_multiplier, set_rates
 from llava_next.training.validate import Validation
@@ -325,6 +326,7 @@ class Trainer:
         folder = self.run_dir / f"model-step-{self.step}"
         if self.step == self._unchanged[0] and folder.exists():  # written before the run was stopped
             return True
-        export_model(self.model, folder, self.run_dir / COMPANIONS, self.checkpoints.folder)
+        tell = card_writer(self.config, self.mixture, self.step)
+        export_model(self.model, folder, self.run_dir / COMPANIONS, self.checkpoints.folder, tell=tell)
         self.journal.say(f"model after step {self.step} written to {folder}")
         return True

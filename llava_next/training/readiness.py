@@ -10,11 +10,13 @@ import shutil
 from pathlib import Path
 
 from llava_next.data.plan.mixture import Mixture
+from llava_next.model.folders.card import CARD
 from llava_next.model.folders.export import made_aside
 from llava_next.model.folders.starting import check_weights, make_companions, must_be_anew
 from llava_next.training.checkpoints.exports import COMPANIONS
 from llava_next.training.checkpoints.recovery import LEFTOVERS, Resume, complete_checkpoints
 from llava_next.training.forecast.budget import units
+from llava_next.training.pushing import check_push
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import freeze
 from llava_next.training.setup import Parts, empty_model, excused_checks
@@ -44,9 +46,10 @@ def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resum
     model = (parts.model_config, parts.encoder.tokenizer)
     parts.made = must_be_anew(config.model, *model, excused=excused_checks(keep), keep_template=keep)
     check_room(config, parts, mixture, resume)
+    notes = check_push(config)
     if not parts.made:
-        return []
-    return [f"{config.model}: written anew for the result, as every release reads it: {', '.join(parts.made)}"]
+        return notes
+    return [*notes, f"{config.model}: written anew for the result, as every release reads it: {', '.join(parts.made)}"]
 
 
 def _start_of(config: RunConfig) -> tuple[Path, ...]:
@@ -60,6 +63,8 @@ def keep_companions(config: RunConfig, parts: Parts) -> None:
     with made_aside(Path(config.run_dir) / COMPANIONS) as aside:
         model = (parts.model_config, parts.encoder.tokenizer)
         make_companions(config.model, aside, *model, anew=bool(parts.made), keep_template=config.data.keep_template)
+        if (card := Path(config.model) / CARD).exists():  # what the result's own will go on from
+            shutil.copyfile(card, aside / CARD)
 
 
 def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume) -> None:

@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import plot_run
+from llava_next.model.folders.card import thinned
 from llava_next.training.watch.metrics import JsonLines
 
 
@@ -154,3 +155,33 @@ def test_command_writes_a_picture_and_names_what_is_missing(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         plot_run.main()
     assert "ends in .png or .webp" in capsys.readouterr().err
+
+
+def test_runs_of_a_ledger_are_a_table_and_a_picture_of_losses_and_scores(tmp_path, monkeypatch, capsys):
+    line = {
+        **{"title": "stage 2", "date": "2026-01-02", "steps": 40, "hours": 0.05, "code": "0123", "result": "r"},
+        "data": [{"name": "train", "samples": 16000}],
+        "hardware": {"name": "2 CPU process(es)"},
+        "loss": thinned([(step, 4 / step) for step in range(1, 41)]),
+    }
+    scores = {"exact": {"value": 0.91, "metric": "exact match", "samples": 500, "noise": 0.0128}}
+    lines = [{**line, "name": "digits", "scores": scores}, {**line, "name": "vicuna-7b", "scores": {}, "loss": ""}]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loss, places = plot_run.draw_ledger(lines).axes
+    assert [drawn.get_label() for drawn in loss.get_lines()] == ["digits, stage 2, 2026-01-02"]
+    np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), [4 / s for s in range(1, 41)], rtol=1e-4)
+    assert [text.get_text() for text in places.get_xticklabels()] == ["exact"]
+    given = ["plot_run.py", "--ledger", str(tmp_path / "ledger.jsonl"), "--out", str(tmp_path / "out.png")]
+    monkeypatch.setattr(sys, "argv", given)
+    plot_run.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert Image.open(tmp_path / "out.png").width > 1000 and rows[0].startswith("| run | date | data |")
+    assert rows[2:4] == [
+        "| digits, stage 2 | 2026-01-02 | train 16,000 | 40 | 2 CPU process(es) | 0.05 | 0.1 | 0.91 ± 0.013 | 0123 |",
+        "| vicuna-7b, stage 2 | 2026-01-02 | train 16,000 | 40 | 2 CPU process(es) | 0.05 |  | - | 0123 |",
+    ]
+    for words in ([], ["run", "--ledger", "x"]):
+        monkeypatch.setattr(sys, "argv", ["plot_run.py", *words])
+        with pytest.raises(SystemExit):
+            plot_run.main()
+    assert "give run folders, or --ledger" in capsys.readouterr().err

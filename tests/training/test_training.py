@@ -1,6 +1,7 @@
 """Schedule, loss weighting, configuration, and whole runs: launched, stopped, resumed, exported, loaded."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,15 +16,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import evaluate
 import finetune
 import merge
+import reproduce
 from llava_next.data.inputs.listing import list_json
 from llava_next.model.folders.adapters import check_adapter
+from llava_next.model.folders.card import points_of, read_story
 from llava_next.model.folders.export import save_model
+from llava_next.model.folders.starting import model_fingerprint
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.checkpoints.recovery import checkpoint_to_resume, complete_checkpoints
 from llava_next.training.devices.agreement import slot_weights
+from llava_next.training.provenance import code_hash
 from llava_next.training.recipe.config import parse_run, save_run
 from llava_next.training.recipe.optim import rate_multiplier, warmup_steps
 from llava_next.training.setup import report_export
+from reproducing.ledger import ledger_table, read_ledger
 from support.demo import build_demo, compose_demo
 from support.runs import run_demo
 
@@ -272,6 +278,40 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
     assert len(weights) == 2 * 14 + 4 + 1  # A and B of 7 matrices in 2 layers, projector, newline
     assert (run / "base/model-model.safetensors").samefile(demo / "base/model.safetensors")
     assert len(load_file(run / "base/trained.safetensors")) == 5
+
+
+def test_cards_of_a_run_tell_its_data_recipe_and_losses_and_not_where_it_lay(lora_run, demo):
+    run, metrics = lora_run
+    for name, library in (("model", "transformers"), ("adapter", "peft")):
+        text = (run / name / "README.md").read_text()
+        story = read_story(run / name)
+        assert f"library_name: {library}\n" in text and str(run.parent) not in text and str(demo) not in text
+        assert [part["name"] for part in story.parts] == ["random weights"] * 2 and "license" not in text
+        (stage,) = story.stages
+        assert stage["title"] == "stage 2, LoRA" and stage["steps"] == len(metrics)
+        assert points_of(stage) == [(m["step"], pytest.approx(m["loss"], rel=1e-4)) for m in metrics]
+        assert stage["data"][0]["samples"] == json.loads((demo / "shards/dataset.json").read_text())["samples"]
+        assert "ends with `</s>`" in text
+    assert json.loads((run / "provenance.json").read_text())["stage"]["data"] == stage["data"]
+
+
+def test_finished_run_gets_one_line_in_the_ledger_and_its_scores_a_place_in_the_card(lora_run, demo, tmp_path, capsys):
+    run, metrics = lora_run
+    (tmp_path / "scores.json").write_text(json.dumps({"exact": 455, "of": 500}))
+    words = ["digits", "--record", run, "--scores", tmp_path / "scores.json", "--ledger", tmp_path / "ledger.jsonl"]
+    for _ in range(2):
+        reproduce.main([str(word) for word in words])
+    assert re.findall(r"has a line in|is as it stands in", capsys.readouterr().out) == [
+        "has a line in",
+        "is as it stands in",
+    ]
+    (line,) = read_ledger(tmp_path / "ledger.jsonl")
+    assert (line["name"], line["title"], line["steps"]) == ("digits", "stage 2, LoRA", len(metrics))
+    assert line["hours"] == pytest.approx(sum(m["step_s"] for m in metrics) / 3600, abs=1e-4)
+    assert line["scores"]["exact"]["value"] == 0.91 and line["start"] == model_fingerprint(demo / "base")
+    assert line["loss"].split(", ")[0] == f"1 {metrics[0]['loss']:.5g}" and line["code"] == code_hash()
+    assert "| exact | exact match | 0.91 ± 0.013 | 500 | - |" in (run / "model/README.md").read_text()
+    assert "| digits, stage 2, LoRA |" in ledger_table([line])
 
 
 def test_damaged_adapter_folders_are_found_out(lora_run, tmp_path):

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaNextConfig
 
+from llava_next.model.folders.card import CARD, read_story, write_card
 from llava_next.model.folders.check import DTYPE_NAMES, Finding, ModelFolder, check_folder
 from llava_next.model.folders.companions import COMPANION_FILES, copy_companions
 from llava_next.model.folders.export import (
@@ -100,12 +101,14 @@ def save_adapter(
     start: Path,
     companions: Path,
     is_main_process: bool = True,
+    tell: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes `folder`, and beside it `base/` where projector or newline trained in full. A collective.
 
     Args:
         start: model folder that training started from.
         companions: folder with what goes beside weights.
+        tell: called with `folder` before it gets its name, to write the card.
 
     Raises:
         OSError, ValueError: on the main process; the others gather to the end.
@@ -122,7 +125,7 @@ def save_adapter(
             if full:
                 base = folder.with_name("base")
                 write_base(base, start, full, model.config, companions)
-            write_adapter(folder, adapter, list(adapter_layers(model)), lora, base, companions)
+            write_adapter(folder, adapter, list(adapter_layers(model)), lora, base, companions, tell)
     finally:
         for _ in gathered:
             pass
@@ -135,7 +138,13 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write_adapter(
-    folder: Path, tensors: dict[str, torch.Tensor], layers: list[str], lora: Lora, base: Path, companions: Path
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    layers: list[str],
+    lora: Lora,
+    base: Path,
+    companions: Path,
+    tell: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes an adapter folder: tensors by their keys, a config that every peft release reads, companions."""
     config = {
@@ -161,6 +170,7 @@ def write_adapter(
         flush_to_disk(aside / WEIGHTS)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(companions, aside)
+        tell(aside)
 
 
 def write_base(
@@ -330,6 +340,8 @@ def merge_adapter(base: Path, folder: Path, out: Path, dtype: torch.dtype = torc
         write_weights(tensors(), aside, MAX_FILE_BYTES, dtype)
         write_config(subject.config, aside, dtype)
         copy_companions(folder if (folder / "tokenizer.json").exists() else base, aside)
+        if (folder / CARD).exists():
+            write_card(aside, read_story(folder))
 
 
 def check_adapter(folder: Path) -> list[Finding]:

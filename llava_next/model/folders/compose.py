@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
+from llava_next.model.folders.card import Story, part_of, write_card
 from llava_next.model.folders.check import check_folder
 from llava_next.model.folders.companions import write_companions
 from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, made_aside, write_config, write_weights
@@ -32,6 +33,7 @@ from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditi
 from llava_next.templates import get_template
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN
 
+TOWER, LLM = "vision tower", "language model"  # roles
 LLM_KINDS = ("llama", "qwen2", "mistral")
 VOCABULARY_KEYS = ("embed_tokens.weight", "lm_head.weight")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # of a language model by itself
@@ -44,11 +46,13 @@ class Part:
 
     Args:
         notes: what a person should know of it, one a line.
+        origin: name and licence for the card, see `part_of`.
     """
 
     config: PretrainedConfig
     weights: CheckpointWeights | RandomWeights
     notes: tuple[str, ...] = ()
+    origin: dict = field(default_factory=dict)
 
 
 def vision_part(name: str) -> Part:
@@ -61,7 +65,7 @@ def vision_part(name: str) -> Part:
     config = _read_config(folder)
     config = getattr(config, "vision_config", config)
     _check_kind(config, tuple(NORMALISATION), "vision towers", name)
-    return Part(config, CheckpointWeights(folder))
+    return Part(config, CheckpointWeights(folder), origin=part_of(TOWER, name, folder))
 
 
 def llm_part(name: str) -> Part:
@@ -74,15 +78,15 @@ def llm_part(name: str) -> Part:
     folder = resolve_folder(name)
     config = _read_config(folder)
     _check_kind(config, LLM_KINDS, "language models", name)
-    weights = CheckpointWeights(folder)
+    weights, origin = CheckpointWeights(folder), part_of(LLM, name, folder)
     if not (config.tie_word_embeddings and _has_own_head(weights)):
-        return Part(config, weights)
+        return Part(config, weights, origin=origin)
     config.tie_word_embeddings = False
     note = (
         f"{name}: config.json says tie_word_embeddings: true, but {HEAD} in its files is not {EMBEDDING}: "
         "both are taken, untied"
     )
-    return Part(config, weights, (note,))
+    return Part(config, weights, (note,), origin)
 
 
 def _has_own_head(weights: CheckpointWeights) -> bool:
@@ -113,7 +117,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
 def random_part(config: PretrainedConfig, seed: int) -> Part:
     """A part with the architecture of `config` and seeded random weights."""
     auto_class = AutoModel if config.model_type in NORMALISATION else AutoModelForCausalLM
-    return Part(config, RandomWeights.of(config, auto_class, seed))
+    origin = part_of(TOWER if config.model_type in NORMALISATION else LLM, "", None)
+    return Part(config, RandomWeights.of(config, auto_class, seed), origin=origin)
 
 
 def compose(
@@ -160,6 +165,7 @@ def compose(
         write_weights(composed_tensors(config, sources, seed), aside, max_file_bytes, dtype)
         write_config(config, aside, dtype)
         write_companions(config, tokenizer, template.jinja, aside)
+        write_card(aside, Story([part.origin for part in (llm, vision) if part.origin]))
         if failed := [finding for finding in check_folder(aside) if not finding.ok]:
             raise ValueError("the composed model fails: " + "; ".join(f"{f.check}: {f.text}" for f in failed))
     return out

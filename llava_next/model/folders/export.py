@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -142,6 +142,7 @@ def save_model(
     dtype: torch.dtype = torch.bfloat16,
     is_main_process: bool = True,
     max_file_bytes: int = MAX_FILE_BYTES,
+    tell: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Writes a model folder that stock `from_pretrained` loads. All ranks must call it; the main one writes.
 
@@ -155,6 +156,7 @@ def save_model(
         dtype: of every tensor written, and what config.json states.
         max_file_bytes: size limit of one safetensors file. Beside the model, memory holds one file's tensors and
             the gathered tensor that is being copied into it.
+        tell: called with the folder before it gets its name, to write the card.
 
     Returns:
         The folder.
@@ -172,6 +174,7 @@ def save_model(
                 write_config(model.config, aside, dtype)
                 if companions is not None:
                     copy_companions(companions, aside)
+                tell(aside)
     finally:
         for _ in gathered:
             pass

@@ -17,6 +17,9 @@ from transformers import PretrainedConfig
 
 from llava_next.paths import local_path
 
+# the README for the licence that it states
+BESIDE = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
+
 
 def resolve_folder(name: str) -> Path:
     """A local folder, or the local copy of a hub repository (weights in safetensors where it has them).
@@ -34,7 +37,7 @@ def resolve_folder(name: str) -> Path:
     try:
         files = HfApi().list_repo_files(name)
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
-        return Path(snapshot_download(name, allow_patterns=[weights, "*.json", "*.model", "*.jinja", "merges.txt"]))
+        return Path(snapshot_download(name, allow_patterns=[weights, *BESIDE]))
     except Exception as error:
         raise ValueError(f"{name} is not a local folder and could not be fetched from the hub: {error}") from error
 

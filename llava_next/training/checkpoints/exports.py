@@ -24,6 +24,7 @@ def export_model(
     companions: Path,
     checkpoints: Path,
     check: Callable[[Path], None] = lambda folder: None,
+    tell: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a model folder that stock transformers loads. A collective.
 
@@ -31,21 +32,27 @@ def export_model(
         companions: folder with what goes beside the weights.
         checkpoints: the run's checkpoints, which the message names.
         check: called on rank 0 with the finished folder; raises ValueError when it cannot be used.
+        tell: called on rank 0 with the folder before it gets its name, to write the card.
 
     Raises:
         CheckpointError: on all ranks: it could not be written, or does not pass the check.
     """
 
     def write(is_main_process: bool) -> None:
-        save_model(model, folder, companions, is_main_process=is_main_process)
+        save_model(model, folder, companions, is_main_process=is_main_process, tell=tell)
         if is_main_process:
             check(folder)
 
     _write_together(write, folder, checkpoints)
 
 
-def export_adapter(model: nn.Module, config: RunConfig, checkpoints: Path) -> None:
+def export_adapter(
+    model: nn.Module, config: RunConfig, checkpoints: Path, tell: Callable[[Path], None] = lambda folder: None
+) -> None:
     """Writes a run's `adapter/`, and `base/` where projector or newline trained in full. A collective.
+
+    Args:
+        tell: as in `export_model`.
 
     Raises:
         CheckpointError: as `export_model`.
@@ -54,7 +61,7 @@ def export_adapter(model: nn.Module, config: RunConfig, checkpoints: Path) -> No
     folder, companions = run_dir / "adapter", run_dir / COMPANIONS
 
     def write(is_main_process: bool) -> None:
-        save_adapter(model, folder, config.lora, Path(config.model), companions, is_main_process)
+        save_adapter(model, folder, config.lora, Path(config.model), companions, is_main_process, tell)
 
     _write_together(write, folder, checkpoints)
 

@@ -11,6 +11,7 @@ import multiprocessing.util
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import NoReturn
@@ -206,14 +207,18 @@ def _keep(context, operation, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def finish(accelerator: Accelerator) -> NoReturn:
-    """Ends this process with exit status 0, all ranks together, when nothing is left to do."""
+def finish(accelerator: Accelerator, last: Callable[[], int] = lambda: 0) -> NoReturn:
+    """Ends this process, with exit status 0, all ranks together, when nothing is left to do.
+
+    Args:
+        last: what the main process does when the others have ended, however long it takes; returns its exit status.
+    """
     accelerator.wait_for_everyone()
     try:
         accelerator.end_training()
     except Exception as error:  # a tracker's: all is done and written
         print(f"warning: a tracker could not be ended ({error}); metrics.jsonl is whole", flush=True)
-    end_process(0)
+    end_process(last() if accelerator.is_main_process else 0)
 
 
 def end_process(status: int) -> NoReturn:

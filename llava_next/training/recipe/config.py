@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from huggingface_hub.utils import validate_repo_id
 from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_next.model.forward.lora import Lora, check_lora
@@ -191,6 +192,9 @@ class RunConfig:
         log_with: trackers besides metrics.jsonl: wandb (offline with WANDB_MODE=offline), tensorboard.
         log_required: end the run before it begins when one of them cannot be reached; otherwise it goes on without.
         hang_seconds: a rank that finishes no step for so long writes the stacks of all its threads to the run folder.
+        push_to_hub: `ORG/NAME` of a hub repository that gets `model/` and its card at the end; the token comes from the
+            environment. A failed upload changes nothing of the run.
+        push_public: make that repository, where it is new, public; else it is private.
     """
 
     model: str = ""
@@ -212,6 +216,8 @@ class RunConfig:
     log_with: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     log_required: bool = False
     hang_seconds: float = 600.0
+    push_to_hub: str | None = None
+    push_public: bool = False
 
     def __post_init__(self):
         self.optim.rates.lora = self.lora
@@ -381,11 +387,24 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
         check_adapted(config)
     for name in config.log_with:
         require(find_spec(name) is not None, "log_with", f"{name} is not installed; `pip install {name}`")
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub)
+    require(config.push_to_hub is not None or not config.push_public, "push_public", "says nothing without push_to_hub")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")
     steps = config.profile.steps
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")
     require(all(s.repeat > 0 for s in data.sources), "data.sources", "repeat must be positive")
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", f"must be in [0, 1), not {optim.warmup_ratio}")
+
+
+def check_repository(name: str) -> None:
+    """Refuses what is no `ORG/NAME` of the hub. Raises ValueError."""
+    try:
+        validate_repo_id(name)
+        if name.count("/") != 1:
+            raise ValueError("it has no owner or more than one")
+    except ValueError as error:
+        raise ValueError(f"push_to_hub: {name!r} is no repository's name; give ORG/NAME ({error})") from None
 
 
 def check_adapted(config: RunConfig) -> None:
