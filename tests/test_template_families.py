@@ -86,7 +86,9 @@ CHATS = (
 
 def messages_of(conversations: list[dict], as_list: bool) -> list[dict]:
     """As `chat`, with system messages."""
-    system = [{"role": "system", "content": turn["value"]} for turn in conversations if turn["from"] == "system"]
+    texts = [turn["value"] for turn in conversations if turn["from"] == "system"]
+    contents = [[{"type": "text", "text": text}] for text in texts] if as_list else texts
+    system = [{"role": "system", "content": content} for content in contents]
     return system + chat(conversations[len(system) :], as_list)
 
 
