@@ -22,8 +22,6 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import TemplateError
-
 from llava_next.template_jinja import with_images, without_images
 from llava_next.templates import OWN, TEMPLATES, Template, get_template
 from llava_next.tokenise import IMAGE, IMAGE_TOKEN, Atom, cut_special, cut_text
@@ -81,7 +79,7 @@ class OwnTemplate(Template):
 
         try:
             texts, marks = render_jinja_template([messages], chat_template=self.text, **dict(self.variables), **how)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except Exception as error:  # whatever a template makes jinja raise
             raise ValueError(f"the model's own chat template does not render this chat: {error}") from error
         return texts[0], (marks or [[]])[0]
 
@@ -117,11 +115,7 @@ class OwnTemplate(Template):
         due = ("".join(written), "".join(written[: layout.prompt]))
         for text, found in zip(due, (self.render(messages), self.render(messages[:-1], prompt=True)), strict=True):
             if text != found:
-                at = next((i for i, (a, b) in enumerate(zip(text, found, strict=False)) if a != b), 0)
-                raise ValueError(
-                    "the model's own chat template changes what a text says: it writes "
-                    f"{found[max(0, at - 20) : at + 20]!r} for {text[max(0, at - 20) : at + 20]!r}"
-                )
+                raise ValueError(f"the model's own chat template changes what a text says: {_around(text, found)}")
 
 
 def template_for(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
@@ -278,21 +272,15 @@ def _cut(template: OwnTemplate, whole: str, places: dict[int, int], spans: list[
 
 def _around(one: str, other: str) -> str:
     """Two texts where they begin to differ, letters as dots."""
-    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    shorter = min(len(one), len(other))
+    at = next((i for i in range(shorter) if one[i] != other[i]), shorter)
     short = (re.sub(r"[\U00100000-\U0010ffff]", "…", text[max(0, at - 30) : at + 30]) for text in (one, other))
-    return "{!r}, then {!r}".format(*short)
+    return "{!r} becomes {!r}".format(*short)
 
 
 def _check_dates(template: OwnTemplate) -> None:
     """Refuses a template that asks for today's date. Raises ValueError."""
-    for system in (None, True):
-        messages = _letters(1, system)
-        try:
-            template.render(messages)
-        except ValueError:
-            if system is None:
-                raise
-            continue  # no place for a system prompt
+    for messages in _short_chats(template):
         try:
             template._rendered(messages, add_generation_prompt=False, strftime_now="no date")
         except ValueError as error:
@@ -304,8 +292,18 @@ def _writes_bos_in_front(template: OwnTemplate, begin: str | None) -> bool:
     if not begin:
         return False
     silent = replace(template, variables=tuple((n, "" if n == "bos_token" else v) for n, v in template.variables))
-    chats = [_letters(1, None), _letters(2, None)]
+    chats = [*_short_chats(template), _letters(2, None)]
     return all(template.render(messages) == begin + silent.render(messages) for messages in chats)
+
+
+def _short_chats(template: OwnTemplate) -> list[list[dict[str, str]]]:
+    """A question with an answer, and the same behind a system prompt where the template renders that. ValueError."""
+    template.render(_letters(1, None))
+    try:
+        template.render(_letters(1, True))
+    except ValueError:  # no place for a system prompt
+        return [_letters(1, None)]
+    return [_letters(1, None), _letters(1, True)]
 
 
 def _system_layouts(template: OwnTemplate) -> list[Layout]:

@@ -1,8 +1,9 @@
 """Chat templates: a conversation becomes token ids and labels, and a jinja text renders the same tokens.
 
-A `Template` is a handful of strings around the turns. `Template.encode` lays a conversation out as atoms (text, special
-tokens, images), each flagged as supervised or not, so the mask is known before anything is tokenised and no string is
-ever searched for it. `Template.jinja` is made from the same strings.
+A `Template` is a handful of strings around the turns; those of the named ones stand in templates.json.
+`Template.encode` lays a conversation out as atoms (text, special tokens, images), each flagged as supervised or not, so
+the mask is known before anything is tokenised and no string is ever searched for it. `Template.jinja` is made from the
+same strings.
 
 Three promises, each held by a test:
 
@@ -15,8 +16,9 @@ Three promises, each held by a test:
   may come from data, and then they are one id in training as at inference.
 
 The beginning-of-sequence token is in no template: the tokenizer adds it, in the processor as in training, so that
-rendering first and tokenising at once both give one. `Template.prepare_tokenizer` switches that on. (Qwen has none.)
-Where it is the token that every chat opens with anyway (`<|im_start|>` in SmolLM2), it is switched off: never two.
+rendering first and tokenising at once both give one. `Template.prepare_tokenizer` switches that on, where the family's
+chats have one. Where it is the token that every chat opens with anyway (`<|im_start|>` in SmolLM2), it is switched off:
+never two.
 
 A conversation may begin with a system prompt of its own, which takes the place of the template's.
 
@@ -236,7 +238,7 @@ class Template:
 
     def _prefix(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         """Ids that the tokenizer must put before every text: its beginning-of-sequence token, which no chat may open
-        with then. Captions are read as the model's own chats are."""
+        with then. Captions begin with what a prepared tokenizer adds, as the model's chats do."""
         begin = tokenizer.bos_token
         openings = [self.user[0], *(self.system_turn or ())[:1]]
         if begin is None or all(text.startswith(begin) for text in openings):

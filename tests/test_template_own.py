@@ -108,7 +108,7 @@ def test_a_sample_whose_texts_are_changed_is_refused():
     fine = turns("q", "a </think", "q", "b")
     assert learned_texts(s, *encode(s, fine)) == ["a </think<|im_end|>", "b<|im_end|>"]
     for conversations in (turns("q", "<think>x</think>a", "q", "b"), turns("q", "\n a")):
-        with pytest.raises(ValueError, match=r"own chat template changes what a text says: it writes '.*' for '"):
+        with pytest.raises(ValueError, match=r"own chat template changes what a text says: '.*' becomes '"):
             encode(s, conversations)
 
 
