@@ -5,6 +5,8 @@ import pickle
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llava_next.data.inputs.samples import model_template
@@ -26,7 +28,7 @@ from support.template_setups import (
     with_template,
 )
 from test_template_families import CHATS, SYSTEM, messages_of
-from test_template_promises import TRAPS, stock_ids
+from test_template_promises import TRAPS, plain_text, quick, stock_ids
 
 STRIPS = {"llama_3_1": "sua", "gemma_3": "ua", "mistral_v3": "a", "thoughtless": ""}  # system, user, assistant
 WITHOUT_SYSTEM = ("mistral_v3", "llama_2")
@@ -72,6 +74,19 @@ def test_chats_with_pictures_have_the_stock_processors_ids(name: str):
             assert stock_ids(s, messages, n_images, False) == ids.tolist()
             prompt = stock_ids(s, messages[:-1], n_images, as_list, add_generation_prompt=True)
             assert prompt == ids[:start].tolist()
+
+
+@pytest.mark.parametrize("name", ["own_llama_3_1", "own_zephyr", "olmo_2", "gemma_3"])
+@settings(quick, max_examples=15)
+@given(pairs=st.lists(st.tuples(plain_text, plain_text.filter(str.strip)), min_size=1, max_size=3), system=plain_text)
+def test_any_ordinary_text_has_the_stock_processors_ids(name: str, pairs, system: str):
+    s, conversations = setup(name), [{"from": "system", "value": system}, *turns(*sum(pairs, ()))]
+    ids, labels = encode(s, conversations)
+    messages = messages_of(conversations, False)
+    assert stock_ids(s, messages, 0, False) == ids.tolist()
+    if not re.match(r"\s*[\r\n]", pairs[-1][1]):
+        start, _ = supervised_runs(ids, labels)[-1]
+        assert stock_ids(s, messages[:-1], 0, False, add_generation_prompt=True) == ids[:start].tolist()
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -108,8 +108,8 @@ TRAINED = {
     "olmo_2": ("olmo_2", _OLMO_2),
     "gemma_3": ("gemma_3", _GEMMA_3),
     "mistral_v3": ("mistral_v3", _MISTRAL_V3),
-    "zephyr": ("mistral_v3", _ZEPHYR),
-    "llama_2": ("mistral_v3", _LLAMA_2),
+    "zephyr": ("vicuna_v1", _ZEPHYR),
+    "llama_2": ("vicuna_v1", _LLAMA_2),
     "marked": ("chatml", _MARKED),
     # cuts thinking blocks out of the texts that have them
     "thoughtless": ("chatml", _QWEN_3.replace("loop.last", "false")),
