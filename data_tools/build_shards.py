@@ -26,8 +26,9 @@ from llava_next.data.inputs.listing import Listing
 from llava_next.data.inputs.samples import SYSTEM_CHOICES, common_reasons, model_template
 from llava_next.data.inputs.text_lengths import fingerprints
 from llava_next.data.inputs.unbuilt import MAX_REJECTED_SHARE, SEED, SHARD_SAMPLES
+from llava_next.own_template import NAMES
 from llava_next.paths import local_path
-from llava_next.templates import TEMPLATES
+from llava_next.templates import OWN, get_template
 
 TOLD = {
     "first_turns_left_out": "begin with a turn that is not human: training leaves it out, as the original does",
@@ -37,7 +38,11 @@ TOLD = {
 
 def make_cutter(options: argparse.Namespace) -> Cutter:
     """What makes samples of records, as the command line says. Raises ValueError."""
-    template = options.template or (model_template(options.model) if options.model is not None else None)
+    template = model_template(options.model) if options.model is not None else None
+    if options.template == OWN and (template is None or template.name != OWN):
+        raise ValueError(f"--template {OWN}: give --model, a folder that was composed with it")
+    if options.template not in (None, OWN):
+        template = get_template(options.template)
     return Cutter(
         options.images,
         geometry(options),
@@ -71,7 +76,7 @@ def build(options: argparse.Namespace) -> None:
         options.source,
         fingerprints(options.tokenizers),
         options.system,
-        cutter.template,
+        cutter.template and cutter.template.name,
         options.allow_text_image_token,
     )
     if output.is_complete(plan):
@@ -140,7 +145,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_input_arguments(parser)
     add("--system", choices=SYSTEM_CHOICES, default="keep", help="a sample's own system prompt (default: %(default)s)")
-    add("--template", choices=TEMPLATES, help="chat template of the training (default: that of --model, else any)")
+    add("--template", choices=NAMES, help="chat template of the training (default: that of --model, else any)")
     add("--allow_text_image_token", action="store_true", help="without a picture, <image> in a question is characters")
     add("--out", required=True, help="folder or URL (s3://, gs://, az://) to write")
     add_geometry_arguments(parser)

@@ -38,7 +38,7 @@ def load_run(options: argparse.Namespace) -> tuple[RunConfig, Parts] | None:
     if options.config is None and options.model is None:
         return None
     own = model_template(Path(options.model)) if options.config is None and not options.template else None
-    template = options.template or own
+    template = options.template or (own and own.name)
     is_first = Path(options.config or "").stem.startswith("pretrain") or options.template == "plain"
     stage = "pretrain" if is_first else "finetune"
     given = ["--run_dir", os.devnull]  # needed by a run, not here; a recipe's own comes after it

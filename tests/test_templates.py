@@ -235,12 +235,12 @@ def test_role_and_content_keys_are_read():
 
 
 def test_templates_are_known_by_name_and_survive_pickling():
-    assert list(TEMPLATES) == ["plain", "vicuna_v1", "llama_3", "qwen", "mistral"]
     with pytest.raises(
-        ValueError, match="no template 'vicuna': choose one of plain, vicuna_v1, llama_3, qwen, mistral"
+        ValueError, match=r"no template 'vicuna': choose one of plain, vicuna_v1, .*, mistral_nemo or own"
     ):
         get_template("vicuna")
-    for template in TEMPLATES.values():
+    for name in ("plain", "vicuna_v1", "llama_3", "qwen", "mistral"):
+        template = get_template(name)
         copy = pickle.loads(pickle.dumps(template))
         assert copy == template and copy.jinja == template.jinja
         s = setup({"vicuna_v1": "vicuna", "llama_3": "llama3", "qwen": "qwen2"}.get(template.name, "mistral"))

@@ -167,7 +167,7 @@ def data_lines(config: RunConfig, parts: Parts, mixture: Mixture, dealt: Dealt) 
 def text_lines(config: RunConfig, parts: Parts, mixture: Mixture) -> list[str]:
     """What the template and the tokenizer make of texts that a person may not expect."""
     lines, template, tokenizer = [], parts.encoder.template, parts.encoder.tokenizer
-    if refused := refused_systems(config, mixture):
+    if refused := refused_systems(parts, mixture):
         lines.append(
             f"  warning  {refused:,} samples have a system prompt of their own, for which {template.name} has no "
             "place: they are left out; build with --system drop or --system prepend"

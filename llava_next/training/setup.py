@@ -28,7 +28,8 @@ from llava_next.model.forward.attention import attention_names, check_window, ch
 from llava_next.model.forward.fused import choose_fused, fuse_layers
 from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
-from llava_next.templates import get_template
+from llava_next.own_template import template_for
+from llava_next.templates import Template
 from llava_next.tokenise import fingerprint
 from llava_next.training.devices.float8 import check_device, use_float8
 from llava_next.training.devices.hardware import peak_flops
@@ -88,8 +89,8 @@ def load_parts(config: RunConfig) -> Parts:
     """
     folder = Path(config.model)
     model_config = read_model_config(config.model)
-    template = get_template(config.data.template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = template_for(config.data.template, tokenizer)
     # asked in one way and trained in another: the loss would not show it
     own_template = template.caption_only or tokenizer.chat_template == template.jinja
     if not own_template and not config.data.keep_template:
@@ -98,16 +99,15 @@ def load_parts(config: RunConfig) -> Parts:
             f"--template {template.name}, train with the template it was composed for, or set data.keep_template: true "
             "to train in this one and keep the folder's own in the result"
         )
-    parts = parts_of(config, model_config, tokenizer)
+    parts = parts_of(config, model_config, tokenizer, template)
     if config.lora and config.lora.start:
         check_start(config.lora, folder, list(adapter_layers(empty_model(parts))))
     return parts
 
 
-def parts_of(config: RunConfig, model_config, tokenizer) -> Parts:
+def parts_of(config: RunConfig, model_config, tokenizer, template: Template) -> Parts:
     """What encodes the samples of a model in the run's template. Raises ValueError: they do not go together."""
     check_window(model_config.text_config, config.data.max_length)
-    template = get_template(config.data.template)
     template.check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config.text_config.vocab_size)
     vision = model_config.vision_config
@@ -115,7 +115,7 @@ def parts_of(config: RunConfig, model_config, tokenizer) -> Parts:
     pinpoints = [] if square else [tuple(p) for p in model_config.image_grid_pinpoints]
     anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints, square)
     encoder = Encoder(template, tokenizer, model_config.image_token_id, anyres, config.data.max_length)
-    parts = Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.name), lora=config.lora)
+    parts = Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.identity), lora=config.lora)
     if config.lora:
         empty_model(parts)  # raises where a target finds no place
     return parts
@@ -199,17 +199,17 @@ def check_cut(config: RunConfig, mixture: Mixture, key: str = "data.sources") ->
         )
 
 
-def refused_systems(config: RunConfig, mixture: Mixture) -> int:
+def refused_systems(parts: Parts, mixture: Mixture) -> int:
     """Samples with a system prompt of their own that the template has no place for, as far as builds counted them."""
-    if get_template(config.data.template).system_turn is not None:
+    if parts.encoder.template.system_turn is not None:
         return 0
     return sum(info.build.get("system_prompts", 0) for info in mixture.infos)
 
 
-def check_systems(config: RunConfig, mixture: Mixture) -> None:
+def check_systems(config: RunConfig, parts: Parts, mixture: Mixture) -> None:
     """Refuses data of which the template cannot take too many samples. Raises ValueError."""
     data, total = config.data, sum(info.samples for info in mixture.infos)
-    refused = refused_systems(config, mixture)
+    refused = refused_systems(parts, mixture)
     if refused > data.max_skip_share * total:
         raise ValueError(
             f"data.template: {data.template} has no place for a system prompt, and {refused:,} of {total:,} samples "

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from llava_next.model.folders.compose import compose_config
 from llava_next.model.folders.dry import LLMS, TOWERS, architecture, corpus_texts, train_tokenizer
 from llava_next.paths import local_path
-from llava_next.templates import get_template
+from llava_next.templates import OWN, get_template
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.setup import Parts, load_parts, parts_of
 
@@ -29,7 +29,8 @@ def plan_parts(config: RunConfig) -> Parts:
     folder = local_path(config.model)
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         return load_parts(config)
-    template = get_template(config.data.template)
+    # no tokenizer brings an own template, and its lengths are estimated anyway
+    template = get_template("chatml" if config.data.template == OWN else config.data.template)
     chat = get_template("vicuna_v1") if template.caption_only else template  # a folder is composed for a chat
     tokenizer = train_tokenizer(corpus_texts([], chat.name), 512, chat.name)
     chat.prepare_tokenizer(tokenizer)
@@ -38,7 +39,7 @@ def plan_parts(config: RunConfig) -> Parts:
     if found.model_type != "llava_next":
         found.vocab_size += 2  # rows for the image and the pad token, as a composed model has
         found = compose_config(read_architecture(tower or DEFAULT_TOWER), found, tokenizer)
-    parts = parts_of(config, found, tokenizer)
+    parts = parts_of(config, found, tokenizer, template)
     parts.stands_in = "an architecture, no model folder: its vocabulary and special tokens are not looked at"
     return parts
 

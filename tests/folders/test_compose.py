@@ -19,10 +19,12 @@ from llava_next.model.folders import compose as composing
 from llava_next.model.folders.compose import compose, compose_config, llm_part, load_tokenizer, random_part, vision_part
 from llava_next.model.folders.dry import LLMS, TOWERS, architecture, corpus_texts, scaled, train_tokenizer
 from llava_next.model.folders.export import write_weights
-from llava_next.templates import get_template
+from llava_next.own_template import template_for
+from llava_next.templates import OWN, get_template
 from llava_next.tokenise import DATA_TOKENS, data_tokens, fingerprint
 from llava_next.training.checkpoints.same_run import tokenizer_fingerprint
 from support import real_tokenizers
+from support.template_setups import with_template
 from support.tiny import pack_tiny, random_samples
 
 CLIP, SIGLIP = TOWERS
@@ -159,6 +161,16 @@ def test_composed_folder_keeps_the_tokens_that_data_may_contain(checkpoints, tmp
     config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config | {DATA_TOKENS: []}))
     assert tokenizer_fingerprint(tmp_path / "m") != before
+
+
+def test_a_model_is_composed_with_the_chat_template_that_its_tokenizer_brings(checkpoints, tmp_path):
+    parts = vision_part(str(checkpoints[0])), llm_part(str(checkpoints[1]))
+    out = compose(*parts, with_template("gemma_3"), OWN, tmp_path / "out")  # which passes every check of a folder
+    loaded = AutoTokenizer.from_pretrained(out)
+    template = template_for(OWN, loaded)
+    assert template.jinja == loaded.chat_template == (out / "chat_template.jinja").read_text()
+    assert loaded.eos_token == template.stop == "<end_of_turn>"
+    refused(*checkpoints, tmp_path / "none", "template own: the tokenizer brings no chat template", OWN)
 
 
 def test_a_model_whose_chats_differ_is_not_composed_and_the_tokens_are_named(checkpoints, tmp_path):

@@ -26,7 +26,9 @@ from llava_next.model.folders.export import save_model
 from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.training.recipe.optim import Rates, freeze
 from support.exports import LLMS, PAIRINGS, compose_pairing, export_pairing
+from support.template_setups import FAMILIES, OWNS, SETUPS, setup
 from support.tiny import geometry, pixel_batch, random_samples, tiny_pair
+from test_template_families import CHATS, SYSTEM, messages_of
 
 WANTED = os.environ.get("LLAVA_NEXT_OLD_TRANSFORMERS") == "1"
 RELEASES = ("4.45.2", "4.49.0", "4.57.6")
@@ -109,6 +111,40 @@ def test_old_release_loads_every_key_and_computes_the_same(old, present, pairing
     for case, value in their_tensors.items():
         if dtype == "float32" or case.startswith("pixels"):
             torch.testing.assert_close(value, our_tensors[case], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def rendered(python: str | Path, cases: Path, out: Path) -> list[str]:
+    """What the templates make of the chats in that Python."""
+    command = [str(python), str(WORKER.with_name("render_chats.py")), str(cases), str(out)]
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_old_release_renders_every_chat_template_alike(release, tmp_path):
+    """Named ones and language models' own with the image, string and list content, whole chats and prompts."""
+    cases = []
+    for name in (*SETUPS, *FAMILIES, *OWNS):
+        if name in SETUPS and name not in ("vicuna", "mistral"):
+            continue  # vocabularies that take long to read
+        s = setup(name)
+        tokens = {key: value for key, value in s.tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        for _, conversations in CHATS:
+            if conversations[0] == SYSTEM and s.template.system_turn is None:
+                continue
+            for as_list in (False, True):
+                messages = messages_of(conversations, as_list)
+                for part in (part for message in messages if as_list for part in message["content"]):
+                    part.pop("image", None)  # the picture itself, which no JSON holds
+                cases += [(s.tokenizer.chat_template, tokens, messages[: len(messages) - p], bool(p)) for p in (0, 1)]
+    (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    ours, theirs = (
+        rendered(python, tmp_path / "cases.json", tmp_path / f"{number}.json")
+        for number, python in enumerate((sys.executable, environment(release)))
+    )
+    assert len(ours) == len(cases) > 300 and ours == theirs
 
 
 @pytest.fixture(scope="module")

@@ -71,11 +71,11 @@ def run_of(template: str, system_prompts: int):
 def test_system_prompts_without_a_place_are_counted_before_the_first_step():
     config, parts, mixture = run_of("mistral", 2)
     with pytest.raises(ValueError, match=r"mistral has no place.* 2 of 1,000 samples.*--system drop or --sys"):
-        check_systems(config, mixture)
+        check_systems(config, parts, mixture)
     assert "2 samples have a system prompt of their own" in text_lines(config, parts, mixture)[0]
     for template, count in (("mistral", 1), ("qwen", 600)):  # exactly the share; a template with a place
         config, parts, mixture = run_of(template, count)
-        check_systems(config, mixture)
+        check_systems(config, parts, mixture)
     assert not any("system prompt" in line for line in text_lines(config, parts, mixture))
 
 

@@ -27,9 +27,9 @@ def llama3() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
 
 
-def mistral_model() -> str:
-    """Path of the SentencePiece model of Mistral-7B-Instruct v0.1 and v0.2."""
-    return str(files("mistral_common") / "data" / "tokenizer.model.v1")
+def mistral_model(file: str = "tokenizer.model.v1") -> str:
+    """Path of a SentencePiece model of Mistral's; default: that of Mistral-7B-Instruct v0.1 and v0.2."""
+    return str(files("mistral_common") / "data" / file)
 
 
 def mistral(legacy: bool = True) -> PreTrainedTokenizerFast:
@@ -37,7 +37,7 @@ def mistral(legacy: bool = True) -> PreTrainedTokenizerFast:
 
     The published setting is legacy=True, "▁" before every text; with False it stands before the first one only.
     """
-    vocab, merges = _mistral_bpe()
+    vocab, merges = mistral_bpe()
     return LlamaTokenizer(vocab=dict(vocab), merges=list(merges), legacy=legacy, add_bos_token=True)
 
 
@@ -76,8 +76,9 @@ def vicuna(legacy: bool = False) -> PreTrainedTokenizerFast:
 
 
 @cache
-def _mistral_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    model = SentencePieceProcessor(model_file=mistral_model())
+def mistral_bpe(file: str = "tokenizer.model.v1") -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of one of Mistral's SentencePiece models."""
+    model = SentencePieceProcessor(model_file=mistral_model(file))
     vocab = {model.id_to_piece(id): id for id in range(len(model))}
     scores = {piece: model.get_score(id) for piece, id in vocab.items()}
     return vocab, generate_merges(vocab, scores, CONTROL)

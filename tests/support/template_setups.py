@@ -1,7 +1,7 @@
 """Every template with a real tokenizer and the stock processor, and conversations in the forms that clients send."""
 
 import re
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +9,11 @@ from PIL import Image
 from transformers import LlavaNextProcessor, PreTrainedTokenizerFast
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_next.templates import Template, get_template
+from llava_next.model.folders.dry import corpus_texts, train_tokenizer
+from llava_next.own_template import template_for
+from llava_next.templates import OWN, Template
 from llava_next.tokenise import IGNORE_INDEX, IMAGE_TOKEN
-from support import real_tokenizers
+from support import own_templates, real_tokenizers
 
 IMAGE = Image.new("RGB", (50, 40), (200, 30, 90))
 
@@ -30,6 +32,33 @@ SENTENCEPIECE = tuple(name for name in SETUPS if name not in ("llama3", "qwen2")
 POSITION_MATTERS = ("vicuna", "mistral_not_legacy")
 
 
+def small(family: str, **tokens: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer with the special tokens of a template's family; `tokens` are named otherwise."""
+    tokenizer = train_tokenizer(corpus_texts([], family), 512, family)
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+# the same for templates of today's families; Phi-4's tokenizers name a beginning token that they do not add
+FAMILIES = {
+    name: (name, partial(small, name))
+    for name in ("llama_3_1", "qwen3", "chatml", "smollm", "olmo_2", "gemma_3", "mistral_v3", "mistral_nemo")
+} | {name: (name, partial(small, name, bos_token="<|endoftext|>")) for name in ("phi_4", "phi_4_mini")}
+
+
+def with_template(name: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer that brings a chat template of `own_templates`."""
+    family, text = own_templates.TRAINED[name]
+    tokenizer = small(family)
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+# language models' own templates
+OWNS = {f"own_{name}": (OWN, partial(with_template, name)) for name in own_templates.TRAINED}
+
+
 class Setup(NamedTuple):
     template: Template
     tokenizer: PreTrainedTokenizerFast
@@ -40,8 +69,9 @@ class Setup(NamedTuple):
 
 @cache
 def setup(name: str) -> Setup:
-    template_name, build = SETUPS[name]
-    template, tokenizer = get_template(template_name), build()
+    template_name, build = (SETUPS | FAMILIES | OWNS)[name]
+    tokenizer = build()
+    template = template_for(template_name, tokenizer)
     image_id = template.prepare_tokenizer(tokenizer)
     processor = stock_processor(tokenizer, template)
     image_length = processor(text=IMAGE_TOKEN, images=[IMAGE])["input_ids"][0].count(image_id)

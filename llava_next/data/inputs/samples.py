@@ -27,7 +27,8 @@ from llava_next.data.format.shards import RawSample, StripInfo
 from llava_next.data.format.tar import BadSample
 from llava_next.data.inputs.listing import Reader
 from llava_next.data.inputs.text_lengths import text_lengths
-from llava_next.templates import TEMPLATES, get_template
+from llava_next.own_template import template_of
+from llava_next.templates import Template
 from llava_next.turns import place_images, read_system, read_turns
 
 SYSTEM_CHOICES = {"keep": lambda turns: turns, "drop": without_system, "prepend": prepend_system}
@@ -54,7 +55,7 @@ class SampleMaker:
     anyres: AnyRes
     source: str | None = None
     system: str = "keep"
-    template: str | None = None
+    template: Template | None = None
     allow_text_image_token: bool = False
 
     reads_pixels = False
@@ -91,22 +92,29 @@ def check_text(conversations: list, n_images: int) -> None:
         raise BadSample(str(error)) from error
 
 
-def check_system(conversations: list, template: str | None) -> None:
+def check_system(conversations: list, template: Template | None) -> None:
     """Refuses a sample's own system prompt where the chat template has no place for one. Raises BadSample."""
     if template is not None:
         try:
-            get_template(template).check_system(read_system(conversations))
+            template.check_system(read_system(conversations))
         except ValueError as error:
             raise BadSample(str(error)) from error
 
 
-def model_template(folder: Path) -> str | None:
-    """The chat template of this project that is saved in a model folder; None: another, or none."""
+def model_template(folder: Path) -> Template | None:
+    """The chat template of this project that is saved in a model folder; None: another, or none. Raises ValueError as
+    `own_template.template_of`."""
+
+    def tokenizer():
+        from transformers import AutoTokenizer  # here: it takes seconds
+
+        return AutoTokenizer.from_pretrained(folder)
+
     try:
         saved = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except OSError:
         return None
-    return next((name for name, template in TEMPLATES.items() if template.jinja == saved), None)
+    return template_of(saved, tokenizer)
 
 
 def make_samples(

@@ -7,8 +7,8 @@ import numpy as np
 
 from llava_next.data.format.index import Lengths
 from llava_next.data.format.tar import BadSample
+from llava_next.own_template import NAMES, template_for
 from llava_next.paths import folder_or_name
-from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import IGNORE_INDEX, IMAGE_TOKEN, fingerprint
 
 
@@ -27,18 +27,19 @@ class TextLength:
         from transformers import AutoTokenizer  # here: it takes seconds
 
         name, _, template = argument.rpartition(":")
-        if not name or template not in TEMPLATES:
-            raise ValueError(f"--tokenizer {argument}: expected NAME_OR_FOLDER:template, one of {', '.join(TEMPLATES)}")
-        self.argument, self.template = argument, get_template(template)
+        if not name or template not in NAMES:
+            raise ValueError(f"--tokenizer {argument}: expected NAME_OR_FOLDER:template, one of {', '.join(NAMES)}")
+        self.argument = argument
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder_or_name(name))
+            self.template = template_for(template, self.tokenizer)
             if IMAGE_TOKEN not in self.tokenizer.get_vocab():
                 self.template.prepare_tokenizer(self.tokenizer)
             self.template.check_tokenizer(self.tokenizer)
         except (OSError, ValueError) as error:
             raise ValueError(f"--tokenizer {argument}: {str(error).splitlines()[0]}") from None
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.fingerprint = fingerprint(self.tokenizer, template)
+        self.fingerprint = fingerprint(self.tokenizer, self.template.identity)
 
     def count(self, conversations: Sequence[dict], image_lengths: Sequence[int]) -> Lengths:
         """Of a sample whose images are so many tokens each. Raises BadSample when the template refuses it."""

@@ -24,7 +24,8 @@ from llava_next.anyres import AnyRes
 from llava_next.model.folders.companions import image_processor_config, processor_config
 from llava_next.model.folders.export import INDEX_NAME, file_key
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
-from llava_next.templates import TEMPLATES, Template
+from llava_next.own_template import NAMES, template_of
+from llava_next.templates import Template
 from llava_next.tokenise import IMAGE_TOKEN, data_tokens
 from llava_next.turns import SYSTEM
 
@@ -144,13 +145,10 @@ class ModelFolder:
     @cached_property
     def template(self) -> Template:
         """The training template whose jinja the tokenizer has."""
-        saved = self.tokenizer.chat_template
-        for template in TEMPLATES.values():
-            if saved == template.jinja and not template.caption_only:
-                return template
-        known = ", ".join(t.name for t in TEMPLATES.values() if not t.caption_only)
-        state = "has no chat template" if not saved else "has a chat template that no training used"
-        raise ValueError(f"the tokenizer {state} (known: {known}): compose the model with one of them")
+        if (template := template_of(self.tokenizer.chat_template, lambda: self.tokenizer)) is not None:
+            return template
+        state = "has a chat template that no training used" if self.tokenizer.chat_template else "has no chat template"
+        raise ValueError(f"the tokenizer {state} (known: {', '.join(NAMES[1:])}): compose the model with one of them")
 
     @property
     def anyres(self) -> AnyRes:

@@ -30,7 +30,7 @@ from llava_next.model.folders.companions import write_companions
 from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, made_aside, write_config, write_weights
 from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
 from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
-from llava_next.templates import get_template
+from llava_next.own_template import template_for
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN
 
 TOWER, LLM = "vision tower", "language model"  # roles
@@ -137,7 +137,7 @@ def compose(
 
     Args:
         tokenizer: of the language model; gets the image and pad tokens it lacks.
-        template_name: chat template saved with the tokenizer and processor.
+        template_name: chat template saved with the tokenizer and processor; `own`: the one that `tokenizer` brings.
         pinpoints: (height, width) canvases; default: the published recipe's for the tower's size.
         seed: of projector, newline and nothing else.
         data_tokens: special tokens of the tokenizer that data may contain, kept with it.
@@ -147,7 +147,8 @@ def compose(
 
     Raises:
         ValueError: parts that do not go together, a checkpoint that lacks weights, a tokenizer that lacks the
-            template's special tokens, a folder that is not empty, a result that fails a check. Nothing is left of it.
+            template's special tokens or whose own template cannot be trained, a folder that is not empty, a result that
+            fails a check. Nothing is left of it.
         OSError: the folder cannot be written; nothing is left of it.
     """
     out = Path(out)
@@ -155,7 +156,7 @@ def compose(
         raise ValueError(f"{out} is not empty; give a new folder or remove it")
     _check_kind(vision.config, tuple(NORMALISATION), "vision towers", vision.weights.label)
     _check_kind(llm.config, LLM_KINDS, "language models", llm.weights.label)
-    template = get_template(template_name)
+    template = template_for(template_name, tokenizer)
     if data_tokens:
         tokenizer.init_kwargs[DATA_TOKENS] = list(data_tokens)
     template.prepare_tokenizer(tokenizer)

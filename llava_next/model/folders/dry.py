@@ -172,7 +172,15 @@ FAMILY_TOKENS = {
         "<|end_of_text|>",
     ),
     "qwen": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|endoftext|>"),
+    "smollm": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_start|>", "<|im_end|>"),
+    "olmo_2": (("<|endoftext|>", "<|pad|>"), "<|endoftext|>", "<|endoftext|>"),
+    "phi_4": (("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"), None, "<|im_end|>"),
+    "phi_4_mini": (("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), None, "<|endoftext|>"),
+    "gemma_3": (("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>"),
+    "mistral_v3": (("<unk>", "<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>"),
 }
+_AS = {"llama_3_1": "llama_3", "qwen3": "qwen", "chatml": "qwen", "mistral_nemo": "mistral_v3"}
+FAMILY_TOKENS |= {name: FAMILY_TOKENS[other] for name, other in _AS.items()}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, template_name: str = "vicuna_v1") -> PreTrainedTokenizerFast:
@@ -216,6 +224,6 @@ def corpus_texts(samples: list[dict], template_name: str) -> list[str]:
     Without samples, the template's own words.
     """
     template = get_template(template_name)
-    frame = " ".join((template.system, *template.user, template.header, *template.answer))
+    frame = " ".join((template.system or "", *template.user, template.header, *template.answer))
     texts = [turn["value"] for sample in samples for turn in sample["conversations"]]
     return texts + [frame] * max(1, len(samples))  # the template's words are in every sample

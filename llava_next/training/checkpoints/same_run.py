@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava_next.model.folders.starting import model_fingerprint
+from llava_next.template_jinja import without_images
 from llava_next.tokenise import DATA_TOKENS
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import Rates
@@ -46,9 +47,12 @@ def tokenizer_fingerprint(folder: Path) -> str:
     if not path.exists():
         return ""
     digest = hashlib.sha256(path.read_bytes())
-    declared = json.loads(config.read_bytes()).get(DATA_TOKENS) if config.exists() else None
-    if declared:
+    told = json.loads(config.read_bytes()) if config.exists() else {}
+    if declared := told.get(DATA_TOKENS):
         digest.update(json.dumps(declared).encode())
+    # of a named template the name is in the configuration, an own one is this text
+    if isinstance(chats := told.get("chat_template"), str) and without_images(chats):
+        digest.update(chats.encode())
     return digest.hexdigest()[:16]
 
 

@@ -48,7 +48,7 @@ class DataConfig:
             records (JSON, JSONL, YAML mixtures) that are not built yet, and `profile:mix665k` or
             `profile:pretrain558k`, whose assumed sizes stand in for data; the default there.
         image_root: folder that image paths of such files are relative to; null: the file's own.
-        template: chat template of the training text; `plain` in stage 1.
+        template: chat template of the training text, `own` for the language model's own; `plain` in stage 1.
         keep_template: allow a model folder whose saved chat template is not this one (a published llava-hf folder's
             own); the result keeps the folder's, so it is asked in another form than it was trained in.
         images: `anyres`, or `square` for a stage 1 as LLaVA-1.5's: one tile from a picture's middle, no newline. The
