@@ -24,7 +24,8 @@ from llava_next.data.storage.cache import Cache
 from llava_next.data.storage.client import Storage
 from llava_next.model.folders.adapters import check_start, load_adapter
 from llava_next.model.folders.check import check_folder
-from llava_next.model.forward.attention import attention_names, check_window, choose_attention
+from llava_next.model.forward.attention import attention_names, choose_attention
+from llava_next.model.forward.kinds import check_language_model, check_tower
 from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.templates import get_template
@@ -105,7 +106,8 @@ def load_parts(config: RunConfig) -> Parts:
 
 def parts_of(config: RunConfig, model_config, tokenizer) -> Parts:
     """What encodes the samples of a model in the run's template. Raises ValueError: they do not go together."""
-    check_window(model_config.text_config, config.data.max_length)
+    check_language_model(model_config.text_config, f"model: {config.model}")
+    check_tower(model_config.vision_config, f"model: {config.model}")
     template = get_template(config.data.template)
     template.check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config.text_config.vocab_size)

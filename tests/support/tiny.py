@@ -10,7 +10,8 @@ from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 from llava_next.anyres import AnyRes
 from llava_next.data.loading.batch import Example, PackedBatch, pack
 from llava_next.model.folders.dry import architecture, scaled
-from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
+from llava_next.model.forward.kinds import tower_kind
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, normalise
 
 TILE, PATCH = 28, 7
 PINPOINTS = ((56, 28), (28, 56), (56, 56), (28, 84), (84, 28))
@@ -158,10 +159,10 @@ def pixel_batch(
         ids[row, :length], mask[row, :length] = torch.from_numpy(example.input_ids), 1
         labels[row, 1:length] = torch.from_numpy(example.labels[1:])
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    mean, std = NORMALISATION[config.vision_config.model_type]
+    kind = tower_kind(config.vision_config)
     pixels = []
     for example, of_images in zip(examples, sizes, strict=True):
-        tiles = normalise(torch.from_numpy(example.tiles), mean, std)
+        tiles = normalise(torch.from_numpy(example.tiles), kind.mean, kind.std)
         pixels += tiles.split([anyres.num_tiles(*size) for size in of_images]) if of_images else []
     if pixels:
         most = max(len(p) for p in pixels)
