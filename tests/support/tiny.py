@@ -52,8 +52,8 @@ def tiny_config(**text_changes) -> LlavaNextConfig:
     )
 
 
-def pairing_config(vision: str, llm: str, tied: bool = False) -> LlavaNextConfig:
-    """A published pairing at scale `tiny`, with 128 tokens, 512 positions and tiles of 4 x 4 patches.
+def pairing_config(vision: str, llm: str, tied: bool = False, **text_changes) -> LlavaNextConfig:
+    """A pairing at scale `tiny`, with 128 tokens, 512 positions and tiles of 4 x 4 patches.
 
     SigLIP's tiles are 30 px of 7 px patches: the last 2 px belong to no patch, as with 384 and 14.
     """
@@ -66,7 +66,7 @@ def pairing_config(vision: str, llm: str, tied: bool = False) -> LlavaNextConfig
     text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, 2, 0
     return LlavaNextConfig(
         vision_config=tower.to_dict(),
-        text_config=text.to_dict(),
+        text_config=text.to_dict() | text_changes,
         image_token_index=IMAGE_TOKEN_ID,
         # a canvas of a single tile besides
         image_grid_pinpoints=[[h // TILE * tile, w // TILE * tile] for h, w in (*PINPOINTS, (TILE, TILE))],
@@ -98,7 +98,9 @@ def tiny_pair(
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     save_model(model, folder, dtype=torch.float32)
-    return LlavaNextForConditionalGeneration.from_pretrained(folder), StockLlavaNext.from_pretrained(folder)
+    stock, info = StockLlavaNext.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return LlavaNextForConditionalGeneration.from_pretrained(folder), stock
 
 
 def random_samples(
