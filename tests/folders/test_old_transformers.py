@@ -1,5 +1,5 @@
-"""Older transformers releases load the exports of every pairing and compute the same, and adapters by the peft of their
-time.
+"""Older transformers releases load the exports of every pairing and of each other kind of language model that they know
+and compute the same, and adapters by the peft of their time.
 
 Builds a virtual environment for each release (torch as installed here; about 1.2 GB and a minute or two
 each) and keeps it in `~/.cache/llava-next-tests`, or in the folder that LLAVA_NEXT_TEST_CACHE names. To run it:
@@ -16,16 +16,20 @@ import subprocess
 import sys
 import venv
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
 from llava_next.model.folders.adapters import save_adapter
+from llava_next.model.folders.dry import architecture
 from llava_next.model.folders.export import save_model
+from llava_next.model.forward.kinds import LANGUAGE_KINDS
 from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.training.recipe.optim import Rates, freeze
-from support.exports import LLMS, PAIRINGS, compose_pairing, export_pairing
+from support.exports import LLMS, PAIRINGS, compose_kind, compose_pairing, export_pairing
+from support.kinds import KINDS
 from support.tiny import geometry, pixel_batch, random_samples, tiny_pair
 
 WANTED = os.environ.get("LLAVA_NEXT_OLD_TRANSFORMERS") == "1"
@@ -57,9 +61,9 @@ def environment(release: str, peft: str | None = None) -> Path:
     return folder / "bin" / "python"
 
 
-def load_all(python: str | Path, exports: Path, out: Path) -> Path:
+def load_all(python: str | Path, exports: Path | list[Path], out: Path) -> Path:
     """Runs the worker on every export; returns its folder of results."""
-    folders = sorted(map(str, exports.iterdir()))
+    folders = sorted(map(str, exports.iterdir() if isinstance(exports, Path) else exports))
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
         [str(python), str(WORKER), str(out), *folders], env=variables, capture_output=True, text=True, timeout=600
@@ -109,6 +113,54 @@ def test_old_release_loads_every_key_and_computes_the_same(old, present, pairing
     for case, value in their_tensors.items():
         if dtype == "float32" or case.startswith("pixels"):
             torch.testing.assert_close(value, our_tensors[case], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def of_kinds(tmp_path_factory) -> dict[str, list[Path]]:
+    """Every other kind exported in fp32 and bf16."""
+    root, found = tmp_path_factory.mktemp("kinds"), {}
+    for name in KINDS:
+        base = compose_kind(root / "base" / name, name)
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        found[name] = [root / "exports" / f"{name}-{word}" for word in dtypes]
+        for folder, dtype in zip(found[name], dtypes.values(), strict=True):
+            export_pairing(base, folder, dtype)
+    return found
+
+
+def knows(release: str, name: str) -> bool:
+    """Whether a release computes a kind as the present one does."""
+    since = LANGUAGE_KINDS[architecture(KINDS[name][0]).model_type].since
+    return [int(part) for part in release.split(".")[:2]] >= [int(part) for part in since.split(".")]
+
+
+@pytest.fixture(scope="module")
+def kinds_at_present(of_kinds, tmp_path_factory) -> Path:
+    return load_all(sys.executable, list(chain(*of_kinds.values())), tmp_path_factory.mktemp("present"))
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def old_kinds(request, of_kinds, tmp_path_factory) -> tuple[str, Path]:
+    folders = [folder for name, both in of_kinds.items() if knows(request.param, name) for folder in both]
+    return request.param, load_all(environment(request.param), folders, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_old_release_computes_other_kinds_that_it_knows_alike(old_kinds, kinds_at_present, name):
+    release, folder = old_kinds
+    if not knows(release, name):
+        pytest.skip(f"transformers {release} has no {name}")
+    for dtype in ("float32", "bfloat16"):
+        theirs, ours = (json.loads((at / f"{name}-{dtype}.json").read_text()) for at in (folder, kinds_at_present))
+        assert not any(theirs["loading"].values()), theirs["loading"]
+        assert theirs["dtype"] == f"torch.{dtype}" and theirs["rope_theta"] == ours["rope_theta"]
+        assert theirs["ids"].keys() == ours["ids"].keys() or release.startswith("4.45.")
+    their_tensors, our_tensors = (torch.load(at / f"{name}-float32.pt") for at in (folder, kinds_at_present))
+    assert their_tensors
+    for case, value in their_tensors.items():
+        torch.testing.assert_close(
+            value, our_tensors[case], rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, c=case: f"{c}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")
