@@ -84,7 +84,7 @@ def refused(vision, llm, out, message: str, template: str = "vicuna_v1", tokeniz
 # ---- architectures -----------------------------------------------------------------------------------------------
 
 
-SMALLER = (1711.4, 3075.1, 7298.6, 3836.0, 999.9)
+SMALLER = (1711.4, 3075.1, 7298.6, 7298.0, 3836.0, 999.9)
 
 
 @pytest.mark.parametrize(

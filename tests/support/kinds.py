@@ -18,6 +18,7 @@ KINDS = {
     "smollm2": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", SIGLIP, {}),
     "smollm3": ("HuggingFaceTB/SmolLM3-3B", CLIP, {}),
     "olmo2": ("allenai/OLMo-2-1124-7B-Instruct", CLIP, {}),
+    "olmo3": ("allenai/Olmo-3-7B-Instruct", SIGLIP, {"sliding_window": 24}),
     "phi4_mini": ("microsoft/Phi-4-mini-instruct", SIGLIP, {"original_max_position_embeddings": 100}),
     "gemma3": ("google/gemma-3-1b-it", SIGLIP, {"sliding_window": 24}),
 }

@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -81,6 +82,10 @@ _QWEN_3 = _values(_LLM, 151936, 4096, 12288, 36, 32, 8, 40960, 1e-6, 1000000.0, 
 _SMOLLM_2 = _values(_LLM, 49152, 2048, 8192, 24, 32, 32, 8192, 1e-5, 130000.0, 1, 2, tie_word_embeddings=True)
 _SMOLLM_3 = _values(_LLM, 128256, 2048, 11008, 36, 16, 4, 65536, 1e-6, 5000000.0, 128000, 128012, pad_token_id=128004)
 _OLMO_2 = _values(_LLM, 100352, 4096, 11008, 32, 32, 32, 4096, 1e-6, 500000.0, 100257, 100257, pad_token_id=100277)
+_YARN = _values("rope_type factor attention_factor", "yarn", 8.0, 1.2079441541679836)
+_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 8192}
+_OLMO_3 = _OLMO_2 | {"vocab_size": 100278, "max_position_embeddings": 65536, "sliding_window": 4096}
+_OLMO_3 |= {"rope": _YARN, "local_rope_theta": 500000.0}
 _PHI_4_LONG = [1.118320672**i for i in range(31)] + [
     *(32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77)
 ]  # as published, to nine digits
@@ -100,6 +105,7 @@ OTHER_LLMS = {
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": (LlamaConfig, _SMOLLM_2),
     "HuggingFaceTB/SmolLM3-3B": (SmolLM3Config, _SMOLLM_3 | {"tie_word_embeddings": True}),
     "allenai/OLMo-2-1124-7B-Instruct": (Olmo2Config, _OLMO_2),
+    "allenai/Olmo-3-7B-Instruct": (Olmo3Config, _OLMO_3),
     "microsoft/Phi-4-mini-instruct": (Phi3Config, _PHI_4),
     "google/gemma-3-1b-it": (Gemma3TextConfig, _GEMMA_3),
 }

@@ -53,6 +53,7 @@ LANGUAGE_KINDS = {
     "qwen3": LanguageKind("Qwen3", since="4.51", head_norms=True),
     "smollm3": LanguageKind("SmolLM3", since="4.53"),
     "olmo2": LanguageKind("OLMo 2", since="4.47", norms_before=0, norms_after=2, head_norms=True, norm_bytes=4),
+    "olmo3": LanguageKind("OLMo 3", since="4.57", norms_before=0, norms_after=2, head_norms=True, norm_bytes=4),
     "phi3": LanguageKind(
         "Phi-4-mini", since="4.50", fused=True, old_rope=("type", "short_factor", "long_factor")
     ),
