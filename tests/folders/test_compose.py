@@ -9,14 +9,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModel, AutoTokenizer, LlavaNextForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaNextForConditionalGeneration
 
 import compose as script
 from llava_next.data.inputs.text_lengths import TextLength
 from llava_next.data.loading.batch import pack
 from llava_next.data.loading.encode import check_vocabulary
 from llava_next.model.folders import compose as composing
-from llava_next.model.folders.compose import compose, compose_config, llm_part, load_tokenizer, random_part, vision_part
+from llava_next.model.folders.compose import (
+    compose,
+    compose_config,
+    llm_part,
+    load_tokenizer,
+    random_part,
+    source_of_keys,
+    vision_part,
+)
 from llava_next.model.folders.dry import (
     LLMS,
     OTHER_LLMS,
@@ -27,13 +35,14 @@ from llava_next.model.folders.dry import (
     scaled,
     train_tokenizer,
 )
-from llava_next.model.folders.export import write_weights
+from llava_next.model.folders.export import file_key, write_config, write_weights
 from llava_next.model.forward.kinds import rotary_types, windows
 from llava_next.model.forward.modeling import run_tower
 from llava_next.templates import get_template
 from llava_next.tokenise import DATA_TOKENS, data_tokens, fingerprint
 from llava_next.training.checkpoints.same_run import tokenizer_fingerprint
 from support import real_tokenizers
+from support.kinds import ON_REQUEST
 from support.tiny import pack_tiny, random_samples
 
 CLIP, SIGLIP = TOWERS
@@ -198,6 +207,27 @@ def test_tower_of_another_size_and_layer_makes_a_folder_whose_pinpoints_are_scal
     assert config["image_grid_pinpoints"] == [[512, 256], [256, 512], [512, 512], [256, 768], [768, 256]]
     assert (config["vision_feature_layer"], config["image_seq_length"]) == (-1, 256)
     assert config["tie_word_embeddings"] and config["text_config"]["rope_theta"] == 130000.0
+
+
+@pytest.mark.skipif(len(ON_REQUEST) == 1, reason="a second for each; set LLAVA_NEXT_ALL_KINDS=1 to run")
+@pytest.mark.parametrize("llm", [*LLMS, *OTHER_LLMS])
+def test_every_key_of_a_full_architecture_has_a_source_and_a_place_in_the_export(llm, tmp_path):
+    """On meta, with the largest tower: what would be composed, what the export's keys and config.json would be."""
+    tokenizer = small_tokenizer(QWEN2)
+    get_template("qwen").prepare_tokenizer(tokenizer)
+    vision, text = (random_part(architecture(name), seed=0) for name in ("apple/DFN5B-CLIP-ViT-H-14-378", llm))
+    config = compose_config(vision.config, text.config, tokenizer)
+    sources = source_of_keys(config, vision, text)
+    new = {key for key, (part, *_) in sources.items() if part is None}
+    assert len(new) == 5 and len(sources) == len(vision.weights.shapes) + len(text.weights.shapes) + 5
+    assert ("language_model.lm_head.weight" in sources) != text.config.tie_word_embeddings
+    write_config(config, tmp_path, torch.bfloat16)
+    with torch.device("meta"):
+        stock = LlavaNextForConditionalGeneration(AutoConfig.from_pretrained(tmp_path))
+    shapes = {file_key(name): p.shape for name, p in stock.named_parameters()}
+    assert shapes == {key: shape for key, (_, _, shape) in sources.items()}
+    rope = stock.config.text_config.rope_parameters
+    assert rope == rope | text.config.rope_parameters
 
 
 def test_composed_folder_keeps_the_tokens_that_data_may_contain(checkpoints, tmp_path, monkeypatch, capsys):

@@ -83,7 +83,9 @@ def compose_kind(folder: Path, name: str) -> Path:
     """A row of `KINDS` as `compose_pairing` makes one, with Qwen2's tokenizer and template."""
     llm, tower, changes = KINDS[name]
     text = scaled(architecture(llm), "tiny")
-    text = type(text).from_dict(text.to_dict() | changes | {"vocab_size": 152064, "initializer_range": 0.1})
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # the tokenizer's take their place
+    text = text.to_dict() | changes | ids | {"vocab_size": 152064, "initializer_range": 0.1}
+    text = architecture(llm).from_dict(text)
     parts = random_part(TOWERS["clip" if tower == CLIP else "siglip"], 0), random_part(text, 1)
     return composing.compose(*parts, _tokenizer("qwen2"), "qwen", folder, PINPOINTS, dtype=torch.float32)
 
