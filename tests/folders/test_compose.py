@@ -315,12 +315,14 @@ def test_vocabulary_of_real_tokenizers_is_that_of_the_recipe(unchecked, llm, vis
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_checkpoint_folders_become_the_same_tensors_in_one_model(unchecked, tmp_path, tied):
+    own_code = {"AutoConfig": "configuration_own.Own"}  # beside a known kind it is not needed, and not kept
     clip, llama = random_checkpoint(tmp_path / "clip", CLIP), random_checkpoint(
-        tmp_path / "llm", LLAMA3, tie_word_embeddings=tied
+        tmp_path / "llm", LLAMA3, tie_word_embeddings=tied, auto_map=own_code
     )  # fmt: skip
     assert len(list(llama.glob("*.safetensors"))) > 1
     out = compose(vision_part(str(clip)), llm_part(str(llama)), small_tokenizer(LLAMA3), "llama_3", tmp_path / "out")
     ours = load_file(out / "model.safetensors")
+    assert "auto_map" in (llama / "config.json").read_text() and "auto_map" not in (out / "config.json").read_text()
     assert ("language_model.lm_head.weight" in ours) != tied
     seen = 0
     for folder, key_of in (
