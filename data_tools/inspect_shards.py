@@ -65,8 +65,15 @@ def fitting_recipe(template: str | None, model_config, stage: str) -> Path:
     by_kind = {"qwen2": "qwen2-7b", "mistral": "mistral-7b"}
     llama = "llama3-8b" if text.vocab_size > 100_000 else "vicuna-7b"
     family = families.get(template) or by_kind.get(text.model_type, llama)
+    if text.model_type == "qwen3":
+        family = "qwen3-8b"
+    elif text.model_type == "llama" and text.rope_parameters["rope_type"] == "llama3":
+        family = "llama3.1-8b"
+    elif text.model_type == "llama" and text.tie_word_embeddings:
+        family = "smollm2-1.7b"
     tower = "-siglip" if "siglip" in model_config.vision_config.model_type else ""
-    return RECIPES / f"{family}{tower}" / f"{stage}.yaml"
+    found = (RECIPES / f"{family}{ending}" / f"{stage}.yaml" for ending in (tower, "", "-siglip2"))
+    return next(path for path in found if path.exists())
 
 
 def open_data(options: argparse.Namespace) -> survey.Training | None:

@@ -28,7 +28,14 @@ from PIL import Image
 HF_336 = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 # The same canvases with each pair swapped: transformers then picks what the original code picked.
 ORIGINAL_336 = ((672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336))
-ORIGINAL_384 = ((768, 384), (384, 768), (768, 768), (384, 1152), (1152, 384))
+
+
+def original_pinpoints(tile_size: int) -> tuple[tuple[int, int], ...]:
+    """The published recipe's canvases for tiles of another size."""
+    return tuple((height // 336 * tile_size, width // 336 * tile_size) for height, width in ORIGINAL_336)
+
+
+ORIGINAL_384 = original_pinpoints(384)
 
 # transformers unpads with int(round(x, 7)) of a fraction whose denominator is a side of the picture. While sides are
 # below 1e7 that is the exact integer quotient, which is what is computed here; beyond, rounding could lift it by one.

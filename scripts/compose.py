@@ -16,7 +16,14 @@ from jsonargparse import ArgumentParser
 from llava_next.data.format.records import read_record
 from llava_next.data.inputs.listing import list_json
 from llava_next.model.folders import dry
-from llava_next.model.folders.compose import compose, llm_part, load_tokenizer, random_part, vision_part
+from llava_next.model.folders.compose import (
+    FEATURE_LAYER,
+    compose,
+    llm_part,
+    load_tokenizer,
+    random_part,
+    vision_part,
+)
 from llava_next.own_template import NAMES, template_for
 from llava_next.paths import folder_or_name, local_path
 from llava_next.templates import OWN, Template
@@ -27,7 +34,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vision", type=folder_or_name, help="CLIP or SigLIP checkpoint: folder or hub repository")
     parser.add_argument(
-        "--llm", type=folder_or_name, help="Llama, Qwen2 or Mistral checkpoint: folder or hub repository"
+        "--llm", type=folder_or_name, help="checkpoint of a dense language model: folder or hub repository"
     )
     about = "folder or hub repository of the tokenizer; default: the language model's"
     parser.add_argument("--tokenizer", type=folder_or_name, help=about)
@@ -39,6 +46,8 @@ def main() -> None:
     about = "special tokens of the tokenizer that data may contain, e.g. '<loc_1>' '<loc_2>'; kept in the model folder"
     parser.add_argument("--data_tokens", nargs="+", default=[], metavar="TOKEN", help=about)
     parser.add_argument("--pinpoints", type=list[tuple[int, int]] | None, help="canvases as [[height, width], ...]")
+    about = "layer of the tower that features are taken from, as in hidden_states"
+    parser.add_argument("--vision_feature_layer", type=int, default=FEATURE_LAYER, help=about)
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")
     parser.add_argument("--out", type=local_path, required=True, help="new model folder")
     args = parser.parse_args()
@@ -48,7 +57,8 @@ def main() -> None:
         parser.error(f"--scale {args.scale} needs --random_init: published weights have one size")
     try:
         vision, llm, tokenizer = parts(args)
-        folder = compose(vision, llm, tokenizer, args.template, args.out, args.pinpoints, args.seed, args.data_tokens)
+        how = (args.pinpoints, args.seed, args.data_tokens, args.vision_feature_layer)
+        folder = compose(vision, llm, tokenizer, args.template, args.out, *how)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     for note in (*llm.notes, *undeclared_note(template_for(args.template, tokenizer), tokenizer)):

@@ -182,10 +182,16 @@ def test_recipe_table_names_every_model_with_its_figures():
         read("scripts/README.md"),
         re.M,
     )
-    assert {name for row in rows for name in (row[0], row[1] + "-siglip")} == recipes and len(rows) == 4
-    for clip, siglip, template, *lengths, rate in rows:
-        for model, length in zip((clip, f"{siglip}-siglip"), lengths, strict=True):
-            options = ["--config", str(ROOT / f"scripts/recipes/{model}/finetune.yaml"), *NEEDED]
-            run = parse_run(options, default_recipe=ROOT / "scripts/recipes/vicuna-7b/finetune.yaml")[0]
-            assert (run.data.template, run.data.max_length) == (template, int(length.replace(",", "")))
-            assert run.optim.rates.llm == float(rate)
+    figures = [
+        (model, template, length, rate)
+        for clip, siglip, template, *lengths, rate in rows
+        for model, length in zip((clip, f"{siglip}-siglip"), lengths, strict=True)
+    ]
+    ours = r"^\| `([\w.-]+)` \| `[^`]+` \| `(\w+)` \| ([\d,]*\d).* \| (\S+), ours \|"
+    figures += re.findall(ours, read("scripts/README.md"), re.M)
+    assert {model for model, *_ in figures} == recipes and len(rows) == 4
+    for model, template, length, rate in figures:
+        options = ["--config", str(ROOT / f"scripts/recipes/{model}/finetune.yaml"), *NEEDED]
+        run = parse_run(options, default_recipe=ROOT / "scripts/recipes/vicuna-7b/finetune.yaml")[0]
+        assert (run.data.template, run.data.max_length) == (template, int(length.replace(",", "")))
+        assert run.optim.rates.llm == float(rate)

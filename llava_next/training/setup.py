@@ -24,8 +24,9 @@ from llava_next.data.storage.cache import Cache
 from llava_next.data.storage.client import Storage
 from llava_next.model.folders.adapters import check_start, load_adapter
 from llava_next.model.folders.check import check_folder
-from llava_next.model.forward.attention import attention_names, check_window, choose_attention
+from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.fused import choose_fused, fuse_layers
+from llava_next.model.forward.kinds import check_language_model, check_tower
 from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.own_template import template_for
@@ -107,7 +108,8 @@ def load_parts(config: RunConfig) -> Parts:
 
 def parts_of(config: RunConfig, model_config, tokenizer, template: Template) -> Parts:
     """What encodes the samples of a model in the run's template. Raises ValueError: they do not go together."""
-    check_window(model_config.text_config, config.data.max_length)
+    check_language_model(model_config.text_config, f"model: {config.model}")
+    check_tower(model_config.vision_config, f"model: {config.model}")
     template.check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config.text_config.vocab_size)
     vision = model_config.vision_config

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from llava_next.model.folders.compose import compose_config
-from llava_next.model.folders.dry import LLMS, TOWERS, architecture, corpus_texts, train_tokenizer
+from llava_next.model.folders.dry import (
+    ARCHITECTURES,
+    LLMS,
+    OTHER_LLMS,
+    OTHER_TOWERS,
+    TOWERS,
+    architecture,
+    corpus_texts,
+    train_tokenizer,
+)
+from llava_next.model.folders.sources import read_config
+from llava_next.model.forward.kinds import check_language_model
 from llava_next.paths import local_path
 from llava_next.templates import OWN, get_template
 from llava_next.training.recipe.config import RunConfig
@@ -37,6 +48,7 @@ def plan_parts(config: RunConfig) -> Parts:
     name, _, tower = config.model.partition("+")
     found = read_architecture(name)
     if found.model_type != "llava_next":
+        check_language_model(found, f"model: {name}")
         found.vocab_size += 2  # rows for the image and the pad token, as a composed model has
         found = compose_config(read_architecture(tower or DEFAULT_TOWER), found, tokenizer)
     parts = parts_of(config, found, tokenizer, template)
@@ -46,12 +58,12 @@ def plan_parts(config: RunConfig) -> Parts:
 
 def read_architecture(name: str) -> PretrainedConfig:
     """The config of a known name, a folder, a `config.json` or a hub repository. Raises ValueError."""
-    if name in TOWERS | LLMS:
+    if name in ARCHITECTURES:
         return architecture(name)
     path = local_path(name)
     folder = path.parent if path.is_file() else path if path.is_dir() else fetched(name)
     if (folder / "config.json").exists():
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         if config.model_type == "llava_next":
             return config
     return architecture(str(folder))
@@ -64,7 +76,8 @@ def fetched(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json")).parent
     except Exception as error:
+        llms, towers = ", ".join(LLMS | OTHER_LLMS), ", ".join(TOWERS | OTHER_TOWERS)
         raise ValueError(
-            f"model: {name} is no folder, no config.json and no architecture known without network ({', '.join(LLMS)}; "
-            f"behind a plus {', '.join(TOWERS)}), and could not be fetched from the hub: {str(error).splitlines()[0]}"
+            f"model: {name} is no folder, no config.json and no architecture known without network ({llms}; behind a "
+            f"plus {towers}), and could not be fetched from the hub: {str(error).splitlines()[0]}"
         ) from error

@@ -105,8 +105,8 @@ def every_vision_layer(bench: Bench) -> Iterator[Micros]:
 @contextlib.contextmanager
 def float_tiles(bench: Bench) -> Iterator[Micros]:
     """Tiles normalised on the host and copied as float32."""
-    mean, std = modeling.NORMALISATION[bench.model.config.vision_config.model_type]
-    micros = [replace(batch, tiles=modeling.normalise(batch.tiles, mean, std)) for batch in bench.micros]
+    kind = modeling.tower_kind(bench.model.config.vision_config)
+    micros = [replace(batch, tiles=modeling.normalise(batch.tiles, kind.mean, kind.std)) for batch in bench.micros]
     with mock.patch.object(modeling, "normalise", lambda tiles, *_: tiles):
         yield ready(micros, bench.accelerator.device)
 

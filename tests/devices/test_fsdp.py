@@ -17,6 +17,7 @@ from llava_next.training.devices import launch as launch_file
 from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.devices.parallel import apply_checkpointing
 from llava_next.training.recipe.optim import module_of
+from support.kinds import ON_REQUEST, kind_config
 from support.launching import ROOT, launch
 from support.tiny import geometry, pack_tiny, pairing_config, random_samples, stock_loss, tiny_config, tiny_pair
 
@@ -50,26 +51,38 @@ def siglip_qwen2(tmp_path_factory):
     return {tied: stock_reference(folder / str(tied), pairing_config(*names, tied)) for tied in (False, True)}
 
 
-# (number of ranks, architecture): what its launch takes a step of, as (tied or not, frozen modules)
+@pytest.fixture(scope="module")
+def other_kinds(tmp_path_factory):
+    """Rows of `KINDS`, made when asked for."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    return functools.cache(lambda name: stock_reference(folder / name, kind_config(name)))
+
+
+# (number of ranks, architecture): what its launch takes a step of, as (tied or not, or another kind; frozen modules)
 CASES = {
     (1, "llama"): [(False, ())],
     (2, "llama"): [(False, ()), (False, ("llm", "vision"))],
     (4, "llama"): [(False, ())],
     (1, "qwen2"): [(False, ("vision",))],
-    (2, "qwen2"): [(True, ())],
+    (2, "qwen2"): [(True, ()), *((name, ()) for name in ON_REQUEST)],
     (4, "qwen2"): [(False, ())],
 }
+if len(ON_REQUEST) > 1:
+    CASES[1, "qwen2"] += [(name, ()) for name in ON_REQUEST]
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory, reference, siglip_qwen2):
+def steps(tmp_path_factory, reference, siglip_qwen2, other_kinds):
     """What the worker wrote of one step, one launch for all of `CASES`: `steps(2, "llama", frozen=("vision",))`."""
+
+    def model_of(tied):
+        return other_kinds(tied) if isinstance(tied, str) else siglip_qwen2[tied]
 
     @functools.cache
     def of(*ranks_and_model) -> dict:
         folder, jobs = tmp_path_factory.mktemp("steps"), {}
         for tied, frozen in CASES[ranks_and_model]:
-            model = reference if ranks_and_model[1] == "llama" else siglip_qwen2[tied]
+            model = reference if ranks_and_model[1] == "llama" else model_of(tied)
             jobs[tied, frozen] = (model[0], folder / f"{len(jobs)}.safetensors", frozen, "full")
         run_worker(list(jobs.values()), ranks_and_model[0])
         return {case: load_file(job[1]) for case, job in jobs.items()}
@@ -107,6 +120,14 @@ def test_siglip_with_qwen2_equals_stock_on_any_number_of_ranks(siglip_qwen2, ste
     assert ("grad/lm_head.weight" in result) != tied
     parameters = siglip_qwen2[tied][2]
     assert all(torch.equal(result[f"weight/{name}"], p) for name, p in parameters.items())
+
+
+@pytest.mark.parametrize("processes", [1, 2] if len(ON_REQUEST) > 1 else [2])
+@pytest.mark.parametrize("name", ON_REQUEST)
+def test_other_kinds_equal_stock_on_one_and_two_ranks(other_kinds, steps, name, processes):
+    result, reference = steps(processes, "qwen2", name), other_kinds(name)
+    assert_equal_to_stock(result, reference)
+    assert all(torch.equal(result[f"weight/{name}"], p) for name, p in reference[2].items())
 
 
 def assert_equal_to_stock(result: dict[str, torch.Tensor], reference, frozen: tuple[str, ...] = ()) -> None:

@@ -9,21 +9,41 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, LlavaNextForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaNextForConditionalGeneration
 
 import compose as script
 from llava_next.data.inputs.text_lengths import TextLength
 from llava_next.data.loading.batch import pack
 from llava_next.data.loading.encode import check_vocabulary
 from llava_next.model.folders import compose as composing
-from llava_next.model.folders.compose import compose, compose_config, llm_part, load_tokenizer, random_part, vision_part
-from llava_next.model.folders.dry import LLMS, TOWERS, architecture, corpus_texts, scaled, train_tokenizer
-from llava_next.model.folders.export import write_weights
+from llava_next.model.folders.compose import (
+    compose,
+    compose_config,
+    llm_part,
+    load_tokenizer,
+    random_part,
+    source_of_keys,
+    vision_part,
+)
+from llava_next.model.folders.dry import (
+    LLMS,
+    OTHER_LLMS,
+    OTHER_TOWERS,
+    TOWERS,
+    architecture,
+    corpus_texts,
+    scaled,
+    train_tokenizer,
+)
+from llava_next.model.folders.export import file_key, write_config, write_weights
+from llava_next.model.forward.kinds import rotary_types, windows
+from llava_next.model.forward.modeling import run_tower
 from llava_next.own_template import template_for
 from llava_next.templates import OWN, get_template
 from llava_next.tokenise import DATA_TOKENS, data_tokens, fingerprint
 from llava_next.training.checkpoints.same_run import tokenizer_fingerprint
 from support import real_tokenizers
+from support.kinds import ON_REQUEST
 from support.template_setups import with_template
 from support.tiny import pack_tiny, random_samples
 
@@ -75,9 +95,16 @@ def refused(vision, llm, out, message: str, template: str = "vicuna_v1", tokeniz
 # ---- architectures -----------------------------------------------------------------------------------------------
 
 
+SMALLER = (1711.4, 3075.1, 7298.6, 7298.0, 3836.0, 999.9)
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [(CLIP, 303.5), (SIGLIP, 428.2), (VICUNA, 6738.4), (LLAMA3, 8030.3), (QWEN2, 7615.6), (MISTRAL, 7241.7)],
+    [
+        *((CLIP, 303.5), (SIGLIP, 428.2), (VICUNA, 6738.4), (LLAMA3, 8030.3), (QWEN2, 7615.6), (MISTRAL, 7241.7)),
+        *zip(OTHER_TOWERS, (92.9, 428.2, 427.9, 428.8, 631.4, 630.8, 630.8), strict=True),
+        *zip(OTHER_LLMS, (8030.3, 1235.8, 7248.0, 12247.8, 7615.6, 8190.7, *SMALLER), strict=True),
+    ],
     ids=str,
 )
 def test_architectures_have_the_published_number_of_parameters(name, millions):
@@ -105,6 +132,41 @@ def test_scaled_architectures_keep_what_makes_them_behave(name, scale):
     kinds = [{".".join(p for p in n.split(".") if not p.isdigit()) for n in part} for part in (names, small_names)]
     assert kinds[0] == kinds[1] and len(small_names) < len(names) / 3
     assert small.hidden_size <= {"tiny": 112, "small": 896}[scale]
+
+
+def test_scaled_architectures_of_other_kinds_keep_what_differs_by_head_and_layer():
+    nemo, gemma, phi, smollm = (
+        scaled(architecture(name), "tiny")
+        for name in (
+            *("mistralai/Mistral-Nemo-Instruct-2407", "google/gemma-3-1b-it", "microsoft/Phi-4-mini-instruct"),
+            "HuggingFaceTB/SmolLM3-3B",
+        )
+    )
+    # hidden sizes that are not heads times their size: 5120 / 4096 and 1152 / 1024
+    assert (nemo.hidden_size, nemo.num_attention_heads * nemo.head_dim) == (80, 64)
+    assert (gemma.hidden_size, gemma.num_attention_heads * gemma.head_dim) == (144, 128)
+    assert gemma.query_pre_attn_scalar == gemma.head_dim and windows(gemma) == [512, None]
+    assert rotary_types(gemma) == ["sliding_attention", "full_attention"] and rotary_types(nemo) == [None, None]
+    assert len(phi.rope_parameters["long_factor"]) == int(phi.hidden_size // phi.num_attention_heads * 0.75) // 2 == 3
+    assert smollm.no_rope_layers == [1, 0]
+    published = architecture("microsoft/Phi-4-mini-instruct").rope_parameters["long_factor"]
+    assert len(published) == 48 and published[12] == pytest.approx(3.826451687, rel=1e-8)
+    assert published[30] == pytest.approx(28.64115884, rel=1e-8)
+
+
+@pytest.mark.parametrize("name", OTHER_TOWERS)
+def test_other_towers_give_stock_features_of_any_layer(name):
+    """Of 224 to 512 px, patches of 14 and 16, three activations; a sole tile."""
+    config = scaled(architecture(name), "tiny")
+    torch.manual_seed(0)
+    tower, pixels = AutoModel.from_config(config).eval(), torch.randn(1, 3, config.image_size, config.image_size)
+    with torch.no_grad():
+        expected = tower(pixels, output_hidden_states=True).hidden_states
+        for layer in (-2, -1, 1):
+            found = run_tower(getattr(tower, "vision_model", tower), pixels, layer)
+            torch.testing.assert_close(found, expected[layer], rtol=1e-5, atol=1e-5)
+    patches = (config.image_size // config.patch_size) ** 2
+    assert found.shape[1] == patches + ("clip" in config.model_type)
 
 
 def test_qwen2_has_biases_on_queries_keys_and_values_only():
@@ -135,6 +197,39 @@ def test_random_init_makes_a_folder_that_stock_transformers_loads(vision, llm, t
     assert config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
     assert config.text_config.vocab_size % 64 == 0 and len(tokenizer) <= config.text_config.vocab_size
     check_vocabulary(tokenizer, config.text_config.vocab_size)
+
+
+def test_tower_of_another_size_and_layer_makes_a_folder_whose_pinpoints_are_scaled(tmp_path, monkeypatch):
+    """SigLIP 2 of 256 px in 16 px patches with SmolLM2: the folder's own checks hold the stock processor to it."""
+    names = ["--vision", "google/siglip2-so400m-patch16-256", "--llm", "HuggingFaceTB/SmolLM2-1.7B-Instruct"]
+    options = ["--random_init", "--scale", "tiny", *names, "--template", "qwen", "--vision_feature_layer", "-1"]
+    monkeypatch.setattr("sys.argv", ["compose.py", *options, "--out", str(tmp_path / "model")])
+    script.main()
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["image_grid_pinpoints"] == [[512, 256], [256, 512], [512, 512], [256, 768], [768, 256]]
+    assert (config["vision_feature_layer"], config["image_seq_length"]) == (-1, 256)
+    assert config["tie_word_embeddings"] and config["text_config"]["rope_theta"] == 130000.0
+
+
+@pytest.mark.skipif(len(ON_REQUEST) == 1, reason="a second for each; set LLAVA_NEXT_ALL_KINDS=1 to run")
+@pytest.mark.parametrize("llm", [*LLMS, *OTHER_LLMS])
+def test_every_key_of_a_full_architecture_has_a_source_and_a_place_in_the_export(llm, tmp_path):
+    """On meta, with the largest tower: what would be composed, what the export's keys and config.json would be."""
+    tokenizer = small_tokenizer(QWEN2)
+    get_template("qwen").prepare_tokenizer(tokenizer)
+    vision, text = (random_part(architecture(name), seed=0) for name in ("apple/DFN5B-CLIP-ViT-H-14-378", llm))
+    config = compose_config(vision.config, text.config, tokenizer)
+    sources = source_of_keys(config, vision, text)
+    new = {key for key, (part, *_) in sources.items() if part is None}
+    assert len(new) == 5 and len(sources) == len(vision.weights.shapes) + len(text.weights.shapes) + 5
+    assert ("language_model.lm_head.weight" in sources) != text.config.tie_word_embeddings
+    write_config(config, tmp_path, torch.bfloat16)
+    with torch.device("meta"):
+        stock = LlavaNextForConditionalGeneration(AutoConfig.from_pretrained(tmp_path))
+    shapes = {file_key(name): p.shape for name, p in stock.named_parameters()}
+    assert shapes == {key: shape for key, (_, _, shape) in sources.items()}
+    rope = stock.config.text_config.rope_parameters
+    assert rope == rope | text.config.rope_parameters
 
 
 def test_composed_folder_keeps_the_tokens_that_data_may_contain(checkpoints, tmp_path, monkeypatch, capsys):
@@ -232,12 +327,14 @@ def test_vocabulary_of_real_tokenizers_is_that_of_the_recipe(unchecked, llm, vis
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_checkpoint_folders_become_the_same_tensors_in_one_model(unchecked, tmp_path, tied):
+    own_code = {"AutoConfig": "configuration_own.Own"}  # beside a known kind it is not needed, and not kept
     clip, llama = random_checkpoint(tmp_path / "clip", CLIP), random_checkpoint(
-        tmp_path / "llm", LLAMA3, tie_word_embeddings=tied
+        tmp_path / "llm", LLAMA3, tie_word_embeddings=tied, auto_map=own_code
     )  # fmt: skip
     assert len(list(llama.glob("*.safetensors"))) > 1
     out = compose(vision_part(str(clip)), llm_part(str(llama)), small_tokenizer(LLAMA3), "llama_3", tmp_path / "out")
     ours = load_file(out / "model.safetensors")
+    assert "auto_map" in (llama / "config.json").read_text() and "auto_map" not in (out / "config.json").read_text()
     assert ("language_model.lm_head.weight" in ours) != tied
     seen = 0
     for folder, key_of in (
@@ -306,13 +403,88 @@ def test_parts_of_another_kind_are_refused(checkpoints, tmp_path):
     clip, vicuna = checkpoints
     out = tmp_path / "out"
     refused(vicuna, vicuna, out, "vicuna: vision towers are clip_vision_model, siglip_vision_model, not 'llama'")
-    refused(clip, clip, out, "clip: language models are llama, qwen2, mistral, not 'clip_vision_model'")
+    refused(
+        clip, clip, out, "clip: language models are llama, mistral, qwen2, .*, not 'clip_vision_model': another kind"
+    )
     strange = copy_of(vicuna, tmp_path)
     edit_json(strange / "config.json", model_type="mamba9")
     refused(clip, strange, out, "vicuna: config.json is of the kind 'mamba9', which this transformers does not know")
     (strange / "config.json").unlink()
     refused(clip, strange, out, "vicuna has no config.json: give the folder of a transformers checkpoint")
     refused(clip, tmp_path / "nothing", out, "neither a folder nor a hub repository")
+
+
+OTHER_MODELS = {
+    "experts": ({"model_type": "mixtral"}, "'mixtral' is a mixture of 8 experts; that would need the routers' loss"),
+    "experts_of_qwen": ({"model_type": "qwen3_moe"}, "'qwen3_moe' is a mixture of 128 experts; .* Take a dense one"),
+    "multimodal": ({"model_type": "gemma3"}, "'gemma3' is a multimodal checkpoint, .* save that by itself"),
+    "own_code": (
+        {"model_type": "chatty", "auto_map": {"AutoConfig": "configuration_chatty.Chatty"}},
+        "of the kind 'chatty', which needs the code that came with it .*; such code is never run",
+    ),
+    "no_entry": ({"model_type": "gpt2"}, "not 'gpt2': another kind needs an entry in .*kinds.py and tests"),
+    "soft_caps": ({"final_logit_softcapping": 30.0}, "'llama' with final_logit_softcapping 30.0: stock LLaVA-NeXT"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout 0.1: dropout would differ .* set it to 0"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: its weights are quantised"),
+    "dynamic_rope": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        "rope_type 'dynamic': its frequencies depend on what was computed before",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_language_models_that_stock_would_not_train_alike_are_refused_with_what_they_are(
+    checkpoints, tmp_path, changes, message
+):
+    clip, vicuna = checkpoints
+    other = copy_of(vicuna, tmp_path)
+    if "model_type" in changes:
+        (other / "config.json").write_text("{}")
+    edit_json(other / "config.json", **changes)
+    refused(clip, other, tmp_path / "out", message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "siglip2_vision_model"},
+            "is SigLIP 2 NaFlex, whose patches lie in any shape: take one of fixed",
+        ),
+        (
+            {"model_type": "dinov2_with_registers"},
+            "is a tower with registers, tokens that are no patches; vision towers",
+        ),
+        ({"model_type": "clip_vision_model", "image_size": [224, 336]}, "image_size is .*: tiles and patches must be"),
+        ({"model_type": "vit"}, "vision towers are clip_vision_model, siglip_vision_model, not 'vit'"),
+    ],
+)
+def test_towers_without_a_square_of_patches_are_refused_with_what_they_are(checkpoints, tmp_path, changes, message):
+    other = copy_of(checkpoints[0], tmp_path)
+    (other / "config.json").write_text(json.dumps(changes))
+    refused(other, checkpoints[1], tmp_path / "out", message)
+
+
+def test_tower_that_was_given_other_pictures_is_refused(checkpoints, tmp_path):
+    other = copy_of(checkpoints[0], tmp_path)
+    (other / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    refused(other, checkpoints[1], tmp_path / "out", r"image_mean is \[0.5, .* this one would see others than it was")
+    (other / "preprocessor_config.json").write_text('{"image_mean": [0.48145466, 0.4578275, 0.40821073]}')
+    vision_part(str(other))
+
+
+def test_layer_that_the_tower_does_not_have_is_refused(checkpoints, tmp_path):
+    parts = vision_part(str(checkpoints[0])), llm_part(str(checkpoints[1])), small_tokenizer(VICUNA)
+    with pytest.raises(ValueError, match="vision_feature_layer -5 does not exist in a tower of 3 layers"):
+        compose(*parts, "vicuna_v1", tmp_path / "out", feature_layer=-5)
+
+
+def test_slow_tokenizer_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    with pytest.raises(ValueError, match=r"ByT5Tokenizer is a slow tokenizer, .* give a folder with a tokenizer.json"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_tokenizer_without_the_templates_special_tokens_is_refused(checkpoints, tmp_path):

@@ -1,5 +1,5 @@
-"""Older transformers releases load the exports of every pairing and compute the same, and adapters by the peft of their
-time.
+"""Older transformers releases load the exports of every pairing and of each other kind of language model that they know
+and compute the same, and adapters by the peft of their time.
 
 Builds a virtual environment for each release (torch as installed here; about 1.2 GB and a minute or two
 each) and keeps it in `~/.cache/llava-next-tests`, or in the folder that LLAVA_NEXT_TEST_CACHE names. To run it:
@@ -22,10 +22,13 @@ import pytest
 import torch
 
 from llava_next.model.folders.adapters import save_adapter
+from llava_next.model.folders.dry import architecture
 from llava_next.model.folders.export import save_model
+from llava_next.model.forward.kinds import LANGUAGE_KINDS
 from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.training.recipe.optim import Rates, freeze
-from support.exports import LLMS, PAIRINGS, compose_pairing, export_pairing
+from support.exports import LLMS, PAIRINGS, compose_kind, compose_pairing, export_pairing
+from support.kinds import KINDS, SIGLIP
 from support.template_setups import FAMILIES, OWNS, SETUPS, setup
 from support.tiny import geometry, pixel_batch, random_samples, tiny_pair
 from test_template_families import CHATS, SYSTEM, messages_of
@@ -59,9 +62,9 @@ def environment(release: str, peft: str | None = None) -> Path:
     return folder / "bin" / "python"
 
 
-def load_all(python: str | Path, exports: Path, out: Path) -> Path:
+def load_all(python: str | Path, exports: Path | list[Path], out: Path) -> Path:
     """Runs the worker on every export; returns its folder of results."""
-    folders = sorted(map(str, exports.iterdir()))
+    folders = sorted(map(str, exports.iterdir() if isinstance(exports, Path) else exports))
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
         [str(python), str(WORKER), str(out), *folders], env=variables, capture_output=True, text=True, timeout=600
@@ -145,6 +148,50 @@ def test_old_release_renders_every_chat_template_alike(release, tmp_path):
         for number, python in enumerate((sys.executable, environment(release)))
     )
     assert len(ours) == len(cases) > 300 and ours == theirs
+
+
+@pytest.fixture(scope="module")
+def of_kinds(tmp_path_factory) -> dict[str, Path]:
+    """Every other kind exported in fp32."""
+    root = tmp_path_factory.mktemp("kinds")
+    for name in KINDS:
+        export_pairing(compose_kind(root / "base" / name, name), root / "exports" / name, torch.float32)
+    return {name: root / "exports" / name for name in KINDS}
+
+
+def knows(release: str, name: str) -> bool:
+    """Whether a release computes a kind as the present one does."""
+    since = LANGUAGE_KINDS[architecture(KINDS[name][0]).model_type].since
+    return [int(part) for part in release.split(".")[:2]] >= [int(part) for part in since.split(".")]
+
+
+@pytest.fixture(scope="module")
+def kinds_at_present(of_kinds, tmp_path_factory) -> Path:
+    return load_all(sys.executable, list(of_kinds.values()), tmp_path_factory.mktemp("present"))
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def old_kinds(request, of_kinds, tmp_path_factory) -> tuple[str, Path]:
+    folders = [folder for name, folder in of_kinds.items() if knows(request.param, name)]
+    return request.param, load_all(environment(request.param), folders, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_old_release_computes_other_kinds_that_it_knows_alike(old_kinds, kinds_at_present, name):
+    release, folder = old_kinds
+    if not knows(release, name):
+        pytest.skip(f"transformers {release} has no {name}")
+    theirs, ours = (json.loads((at / f"{name}.json").read_text()) for at in (folder, kinds_at_present))
+    assert not any(theirs["loading"].values()), theirs["loading"]
+    assert theirs["rope_theta"] == ours["rope_theta"]
+    sees = not (release.startswith("4.45.") and KINDS[name][1] == SIGLIP)
+    assert len(ours["ids"]) == 5 and set(theirs["ids"]) == (set(ours["ids"]) if sees else {"text"})
+    their_tensors, our_tensors = (torch.load(at / f"{name}.pt") for at in (folder, kinds_at_present))
+    assert their_tensors
+    for case, value in their_tensors.items():
+        torch.testing.assert_close(
+            value, our_tensors[case], rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, c=case: f"{c}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,10 @@ from llava_next.model.forward.lora import (
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.devices.parallel import apply_checkpointing
+from llava_next.training.forecast.flops import decoder_matrices
 from llava_next.training.recipe.config import parse_run
 from llava_next.training.recipe.optim import Rates, freeze, module_of
+from support.kinds import DISTINCT, ON_REQUEST, kind_config
 from support.tiny import (
     geometry,
     gradients,
@@ -74,12 +76,18 @@ def move_randomly(model) -> None:
                 parameter += 0.1 * torch.randn_like(parameter)
 
 
-@pytest.fixture(scope="module", params=["llama_lora", "qwen2_dora"])
+MODELS = {"llama_lora": (LLAMA, EVERYWHERE), "qwen2_dora": (QWEN2, DORA)}
+if len(ON_REQUEST) > 1:
+    MODELS |= {name: (name, EVERYWHERE) for name in DISTINCT}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def adapted(request, tmp_path_factory) -> Adapted:
-    """Llama + CLIP with LoRA in everything, or Qwen2 + SigLIP with DoRA and the projector in full."""
-    pairing, lora = {"llama_lora": (LLAMA, EVERYWHERE), "qwen2_dora": (QWEN2, DORA)}[request.param]
+    """Llama + CLIP with LoRA in everything, Qwen2 + SigLIP with DoRA and the projector in full; on request others."""
+    pairing, lora = MODELS[request.param]
     folder, rates = tmp_path_factory.mktemp("lora"), Rates()
-    model, _ = tiny_pair(folder / "start", config=pairing_config(*pairing))
+    config = kind_config(pairing) if isinstance(pairing, str) else pairing_config(*pairing)
+    model, _ = tiny_pair(folder / "start", config=config)
     add_adapters(model, lora, seed=3)
     freeze(model, rates)
     move_randomly(model)
@@ -198,6 +206,20 @@ def test_the_file_follows_the_rules_that_vllm_has_for_adapters(adapted):
     roots += ("model.multi_modal_projector.",)  # the same tensors, for releases from 4.52 on
     assert all(key.removeprefix("base_model.model.").startswith(roots) for key in keys)
     assert {layer_and_kind(key)[0] for key in keys} == set(adapter_layers(adapted.model))
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_targets_of_other_kinds_are_the_matrices_that_the_forecast_counts(name):
+    config = kind_config(name)
+    with torch.device("meta"):
+        layers = linear_layers(LlavaNextForConditionalGeneration(config))
+    found = {short_name(name): layer.weight.shape[::-1] for name, layer in layers.items()}
+    due = {
+        f"llm.layers.{at}.{name}": sides
+        for name, sides in decoder_matrices(config.text_config).items()
+        for at in (0, 1)
+    }
+    assert {name: sides for name, sides in found.items() if name.startswith("llm")} == due
 
 
 # ---- dropout ------------------------------------------------------------------------------------------------------

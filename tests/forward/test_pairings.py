@@ -1,9 +1,5 @@
 """Every pairing of tower and language model: the packed forward against stock transformers, one sample at a time."""
 
-import copy
-from functools import partial
-
-import numpy as np
 import pytest
 import torch
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
@@ -11,110 +7,52 @@ from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 from llava_next.model.folders.dry import LLMS, TOWERS
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward import attention, modeling
-from llava_next.model.forward.attention import attention_names, check_window, choose_attention
+from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
-from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.devices.parallel import apply_checkpointing
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
-from support.tiny import (
-    IMAGE_TOKEN_ID,
-    geometry,
-    gradients,
-    pack_tiny,
-    packed_logits,
-    pairing_config,
-    random_samples,
-    stock_logits,
-    stock_loss,
-    tiny_pair,
-)
+from support.comparing import assert_equal_to_stock, close, in_slots, mixed_samples
+from support.comparing import packed_step as run
+from support.kinds import KINDS, ON_REQUEST, kind_config
+from support.tiny import geometry, gradients, pack_tiny, pairing_config, stock_loss, tiny_pair
 
-TOLERANCE = 1e-5
-close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)
 PAIRINGS = [(vision, llm, tied) for vision in TOWERS for llm in LLMS for tied in (False, True)]
 UNTIED = [(vision, llm, False) for vision in TOWERS for llm in LLMS]
+POLICIES = ("full", "selective", 1)
 
 
 def label(pairing) -> str:
+    if isinstance(pairing, str):
+        return pairing
     vision, llm, tied = pairing
     return f"{vision.split('/')[1].split('-')[0]}_{llm.split('/')[1].lower()}_{'tied' if tied else 'untied'}"
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """Called with a pairing: the folder of its tiny model, and our and the stock model loaded from it."""
+    """Called with a pairing, or a row of `KINDS`: the folder of its tiny model, our and the stock model from it."""
     made = {}
 
     def make(pairing):
         if pairing not in made:
             folder = tmp_path_factory.mktemp("pairing") / "model"
-            made[pairing] = (folder, *tiny_pair(folder, config=pairing_config(*pairing)))
+            config = kind_config(pairing) if isinstance(pairing, str) else pairing_config(*pairing)
+            made[pairing] = (folder, *tiny_pair(folder, config=config))
         return made[pairing]
 
     return make
 
 
-def any_size(rng) -> tuple[int, int]:
-    """(width, height): a few pixels, very long or very tall, or anything odd."""
-    low, high = [((1, 1), (4, 4)), ((1, 500), (9, 4000)), ((500, 1), (4000, 9)), ((11, 11), (200, 200))][
-        rng.integers(0, 4)
-    ]
-    width, height = rng.integers(low, high)
-    return int(width), int(height)
-
-
-def mixed_samples(config, seed: int) -> list:
-    """Samples of 0 to 3 images of any size, and texts of 1 and 2 tokens and of the maximum length."""
-    samples = random_samples(seed, 6, images=(0, 1, 2, 3), anyres=geometry(config), sizes_of=any_size)
-    rng = np.random.default_rng(seed)
-    for length in (1, 2, config.text_config.max_position_embeddings):
-        example = copy.copy(random_samples(seed, 1, images=(0,))[0][0])
-        example.input_ids = rng.integers(3, IMAGE_TOKEN_ID, length)
-        example.labels = np.where(rng.random(length) < 0.5, example.input_ids, -100)
-        samples.insert(int(rng.integers(0, len(samples))), (example, []))
-    return in_slots(samples)
-
-
-def in_slots(samples: list) -> list:
-    for slot, (example, _) in enumerate(samples):
-        example.slot, example.source = slot, slot % 2
-    return samples
-
-
-def run(model, samples) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Packed loss and all gradients."""
-    batch = pack_tiny([e for e, _ in samples], geometry(model.config))
-    weights = slot_weights(torch.tensor(batch.supervised, dtype=torch.float64), "token")
-    model.zero_grad()
-    loss = model(**batch.weighted(weights).model_inputs(torch.device("cpu")), num_sources=2).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
-def assert_equal_to_stock(model, stock, samples) -> None:
-    loss, ours = run(model, samples)
-    supervised = torch.tensor([(e.labels[1:] != -100).sum() for e, _ in samples], dtype=torch.float64)
-    stock.zero_grad()
-    expected = stock_loss(stock, samples, slot_weights(supervised, "token"))
-    expected.backward()
-    theirs = {name: g for name, g in gradients(stock).items() if g.abs().max() > 0}
-    close(loss, expected.detach())
-    assert {name for name, g in ours.items() if g.abs().max() > 0} == set(theirs)
-    assert len(theirs) > 50
-    for name, gradient in theirs.items():
-        close(ours[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
-    batch = pack_tiny([e for e, _ in samples], geometry(model.config))
-    with torch.no_grad():
-        logits = packed_logits(model, batch).split([len(e.input_ids) for e, _ in samples])
-        for packed, (example, sizes) in zip(logits, samples, strict=True):
-            close(packed, stock_logits(stock, example, sizes))
-
-
 @pytest.mark.parametrize("pairing", PAIRINGS, ids=label)
 def test_packed_loss_logits_and_gradients_equal_stock_transformers(folder_of, pairing):
     _, model, stock = folder_of(pairing)
-    for seed in (0, 1):
-        assert_equal_to_stock(model, stock, mixed_samples(model.config, seed))
+    assert_equal_to_stock(model, stock, mixed_samples(model.config, seed=PAIRINGS.index(pairing)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_kinds_equal_stock_transformers(folder_of, name):
+    _, model, stock = folder_of(name)
+    assert_equal_to_stock(model, stock, mixed_samples(model.config, seed=1, count=2, longest=130))
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS, ids=label)
@@ -135,13 +73,18 @@ def test_changed_weights_survive_export_and_stock_from_pretrained(folder_of, pai
     assert all(torch.equal(p, stock.get_parameter(n)) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("pairing", [UNTIED[0], UNTIED[6]], ids=label)
-def test_activation_checkpointing_changes_no_bit(folder_of, pairing):
+BY_POLICY = [(UNTIED[0], "full"), (UNTIED[6], "full"), *((name, policy) for name in ON_REQUEST for policy in POLICIES)]
+
+
+@pytest.mark.parametrize(
+    ("pairing", "policy"), BY_POLICY, ids=lambda value: label(value) if isinstance(value, str | tuple) else None
+)
+def test_activation_checkpointing_changes_no_bit(folder_of, pairing, policy):
     folder, model, _ = folder_of(pairing)
-    samples = mixed_samples(model.config, seed=3)
+    samples = mixed_samples(model.config, seed=3, count=2, longest=130)
     loss, expected = run(model, samples)
     checkpointed = LlavaNextForConditionalGeneration.from_pretrained(folder)
-    apply_checkpointing(checkpointed)
+    apply_checkpointing(checkpointed, policy)
     again, ours = run(checkpointed, samples)
     assert torch.equal(again, loss) and set(ours) == set(expected)
     assert all(torch.equal(gradient, ours[name]) for name, gradient in expected.items())
@@ -250,30 +193,34 @@ def test_attention_choice_on_cuda(monkeypatch):
     assert "Tesla T4 is older than Ampere" in choose_attention("auto", "cuda")[1]
 
 
-def varlen_on_cpu(q, k, v, cu_q, cu_k, max_q, max_k, *, scale):
+def varlen_on_cpu(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
     """The arithmetic that variable-length kernels promise, `[T, heads, head_dim]`, causal, key heads repeated."""
+    before, behind = window_size
+    assert behind == 0
     assert (cu_q is cu_k) and max_q == max_k == int(cu_q.diff().max())
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     segment = torch.bucketize(torch.arange(len(q)), cu_q[1:], right=True)
     seen = (segment[:, None] == segment[None]) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
+    if before >= 0:
+        seen = seen.triu(-before)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
 @pytest.mark.parametrize("kernel", ["varlen", "flash"])
-@pytest.mark.parametrize("pairing", [UNTIED[0], UNTIED[6]], ids=label)
+@pytest.mark.parametrize("pairing", [UNTIED[0], UNTIED[6], "gemma3"], ids=label)
 def test_variable_length_kernels_are_called_with_the_arithmetic_of_the_loop(folder_of, pairing, kernel, monkeypatch):
     folder, model, _ = folder_of(pairing)
     samples = mixed_samples(model.config, seed=6)
     expected = run(model, samples)
 
     def torch_varlen(*args, scale=None, window_size=(-1, -1), enable_gqa=False):
-        assert window_size == (-1, 0) and enable_gqa == (args[0].shape[1] != args[1].shape[1])
-        return varlen_on_cpu(*args, scale=scale)
+        assert enable_gqa == (args[0].shape[1] != args[1].shape[1])
+        return varlen_on_cpu(*args, scale=scale, window_size=window_size)
 
-    def flash_attn_varlen_func(*args, softmax_scale=None, causal=False):
+    def flash_attn_varlen_func(*args, softmax_scale=None, causal=False, window_size=(-1, -1)):
         assert causal
-        return varlen_on_cpu(*args, scale=softmax_scale)
+        return varlen_on_cpu(*args, scale=softmax_scale, window_size=window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
     fake = type("flash_attn", (), {"flash_attn_varlen_func": staticmethod(flash_attn_varlen_func)})
@@ -287,33 +234,10 @@ def test_variable_length_kernels_are_called_with_the_arithmetic_of_the_loop(fold
         close(ours[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_sliding_window_shorter_than_a_sample_is_refused(folder_of, tmp_path):
-    config = pairing_config(*UNTIED[3])
-    assert config.text_config.model_type == "mistral"
-    config.text_config.sliding_window = 64
-    model, stock = tiny_pair(tmp_path / "model", config=config)
-    short = random_samples(0, 5, images=(0,), max_text=64)
-    assert_equal_to_stock_text(model, stock, short)
-    with pytest.raises(ValueError, match=r"sliding window of 64 tokens, fewer than the 512 .* lower data.max_length"):
-        run(model, mixed_samples(config, seed=0))
-    check_window(config.text_config, 64)
-    qwen = pairing_config(*UNTIED[2]).text_config
-    assert qwen.model_type == "qwen2" and qwen.use_sliding_window is False
-    check_window(qwen, 10**6)
-
-
-def assert_equal_to_stock_text(model, stock, samples) -> None:
-    batch = pack_tiny([e for e, _ in samples])
-    logits = packed_logits(model, batch).split([len(e.input_ids) for e, _ in samples])
-    assert max(len(e.input_ids) for e, _ in samples) > 32
-    for packed, (example, sizes) in zip(logits, samples, strict=True):
-        close(packed, stock_logits(stock, example, sizes))
-
-
 # ---- no waiting for the device -----------------------------------------------------------------------------------
 
 
-def stand_in_attention(query, key, value, cu_seqlens, max_length, scaling):
+def stand_in_attention(query, key, value, cu_seqlens, max_length, scaling, window):
     """Depends on queries, keys and values and looks at nothing on the host."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -342,7 +266,7 @@ SYNCS = {
 }
 
 
-@pytest.mark.parametrize("pairing", UNTIED, ids=label)
+@pytest.mark.parametrize("pairing", [*UNTIED, "phi4_mini", "gemma3"], ids=label)
 def test_packed_forward_and_backward_read_no_tensor_on_the_host(folder_of, pairing, monkeypatch):
     folder, model, _ = folder_of(pairing)
     batch = pack_tiny([e for e, _ in mixed_samples(model.config, seed=7)], geometry(model.config))

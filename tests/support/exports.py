@@ -19,9 +19,11 @@ from transformers import (
 
 from llava_next.model.folders import compose as composing
 from llava_next.model.folders.compose import random_part
+from llava_next.model.folders.dry import architecture, scaled
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from support import real_tokenizers
+from support.kinds import CLIP, KINDS
 
 PINPOINTS = ((56, 28), (28, 56), (56, 56), (28, 84), (84, 28))
 WIDTHS = {
@@ -75,6 +77,17 @@ def compose_pairing(folder: Path, vision: str, llm: str) -> Path:
     parts = random_part(TOWERS[vision], 0), random_part(llm_config(llm), 1)
     with mock.patch.object(composing, "check_folder", return_value=[]):
         return composing.compose(*parts, _tokenizer(tokenizer), template, folder, PINPOINTS, dtype=torch.float32)
+
+
+def compose_kind(folder: Path, name: str) -> Path:
+    """A row of `KINDS` as `compose_pairing` makes one, with Qwen2's tokenizer and template."""
+    llm, tower, changes = KINDS[name]
+    text = scaled(architecture(llm), "tiny")
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # the tokenizer's take their place
+    text = text.to_dict() | changes | ids | {"vocab_size": 152064, "initializer_range": 0.1}
+    text = architecture(llm).from_dict(text)
+    parts = random_part(TOWERS["clip" if tower == CLIP else "siglip"], 0), random_part(text, 1)
+    return composing.compose(*parts, _tokenizer("qwen2"), "qwen", folder, PINPOINTS, dtype=torch.float32)
 
 
 def export_pairing(base: Path, folder: Path, dtype: torch.dtype) -> LlavaNextForConditionalGeneration:

@@ -10,7 +10,8 @@ from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 from llava_next.anyres import AnyRes
 from llava_next.data.loading.batch import Example, PackedBatch, pack
 from llava_next.model.folders.dry import architecture, scaled
-from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration, normalise
+from llava_next.model.forward.kinds import tower_kind
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, normalise
 
 TILE, PATCH = 28, 7
 PINPOINTS = ((56, 28), (28, 56), (56, 56), (28, 84), (84, 28))
@@ -51,8 +52,8 @@ def tiny_config(**text_changes) -> LlavaNextConfig:
     )
 
 
-def pairing_config(vision: str, llm: str, tied: bool = False) -> LlavaNextConfig:
-    """A published pairing at scale `tiny`, with 128 tokens, 512 positions and tiles of 4 x 4 patches.
+def pairing_config(vision: str, llm: str, tied: bool = False, **text_changes) -> LlavaNextConfig:
+    """A pairing at scale `tiny`, with 128 tokens, 512 positions and tiles of 4 x 4 patches.
 
     SigLIP's tiles are 30 px of 7 px patches: the last 2 px belong to no patch, as with 384 and 14.
     """
@@ -65,7 +66,7 @@ def pairing_config(vision: str, llm: str, tied: bool = False) -> LlavaNextConfig
     text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, 2, 0
     return LlavaNextConfig(
         vision_config=tower.to_dict(),
-        text_config=text.to_dict(),
+        text_config=text.to_dict() | text_changes,
         image_token_index=IMAGE_TOKEN_ID,
         # a canvas of a single tile besides
         image_grid_pinpoints=[[h // TILE * tile, w // TILE * tile] for h, w in (*PINPOINTS, (TILE, TILE))],
@@ -97,7 +98,9 @@ def tiny_pair(
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     save_model(model, folder, dtype=torch.float32)
-    return LlavaNextForConditionalGeneration.from_pretrained(folder), StockLlavaNext.from_pretrained(folder)
+    stock, info = StockLlavaNext.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return LlavaNextForConditionalGeneration.from_pretrained(folder), stock
 
 
 def random_samples(
@@ -158,10 +161,10 @@ def pixel_batch(
         ids[row, :length], mask[row, :length] = torch.from_numpy(example.input_ids), 1
         labels[row, 1:length] = torch.from_numpy(example.labels[1:])
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    mean, std = NORMALISATION[config.vision_config.model_type]
+    kind = tower_kind(config.vision_config)
     pixels = []
     for example, of_images in zip(examples, sizes, strict=True):
-        tiles = normalise(torch.from_numpy(example.tiles), mean, std)
+        tiles = normalise(torch.from_numpy(example.tiles), kind.mean, kind.std)
         pixels += tiles.split([anyres.num_tiles(*size) for size in of_images]) if of_images else []
     if pixels:
         most = max(len(p) for p in pixels)

@@ -22,7 +22,8 @@ from transformers.utils import logging
 
 from llava_next.anyres import AnyRes
 from llava_next.model.folders.companions import image_processor_config, processor_config
-from llava_next.model.folders.export import INDEX_NAME, file_key
+from llava_next.model.folders.export import INDEX_NAME, file_key, old_rope
+from llava_next.model.forward.kinds import check_language_model, check_tower, tower_kind
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.own_template import NAMES, template_of
 from llava_next.templates import Template
@@ -171,14 +172,17 @@ def check_config(f: ModelFolder) -> str:
     stated = {part.get(name) for part in (raw, raw["text_config"]) for name in ("dtype", "torch_dtype")} - {None}
     if len(stated) != 1 or raw.get("torch_dtype") is None:
         raise ValueError(f"config.json: dtype and torch_dtype are {sorted(stated)}: state one dtype under both names")
-    text = raw["text_config"]
-    theta = (text.get("rope_parameters") or text).get("rope_theta")
-    if text.get("rope_theta") != theta:
-        raise ValueError(
-            f"config.json: text_config.rope_theta is {text.get('rope_theta')}, rope_parameters say {theta}: releases "
-            "before 5.0 read the first, write it there too"
-        )
-    return f"{config.text_config.model_type} + {config.vision_config.model_type}, {stated.pop()}, rope theta {theta}"
+    check_language_model(config.text_config, "config.json, text_config")
+    check_tower(config.vision_config, "config.json, vision_config")
+    old = old_rope(config.text_config)
+    for key, value in old.items():
+        if (found := raw["text_config"].get(key)) != value:
+            raise ValueError(
+                f"config.json: text_config.{key} is {found}, rope_parameters say {value}: releases before 5.0 read the "
+                "first, write it there too"
+            )
+    kinds = f"{config.text_config.model_type} + {config.vision_config.model_type}"
+    return f"{kinds}, {stated.pop()}, rope theta {old['rope_theta']}"
 
 
 def check_keys(f: ModelFolder) -> str:
@@ -225,7 +229,7 @@ def check_processor(f: ModelFolder) -> str:
         for key, value in values.items():
             if saved.get(key) != value and key != "processor_class":
                 raise ValueError(f"{name}: {key} is {saved.get(key)}, the model's config needs {value}: write that")
-    if strategy != ("default" if vision.model_type == "clip_vision_model" else "full"):
+    if strategy != ("default" if tower_kind(vision).has_cls else "full"):
         raise ValueError(f"config.json: vision_feature_select_strategy {strategy!r} does not fit a {vision.model_type}")
     if config.image_seq_length != f.anyres.patches_per_tile:
         raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import LlavaNextConfig, PreTrainedTokenizerBase
 
-from llava_next.model.forward.modeling import NORMALISATION
+from llava_next.model.forward.kinds import tower_kind
 from llava_next.templates import IMAGE_TOKEN
 
 # Everything beside weights and config that belongs to a model folder; copied from the folder training started with.
@@ -73,15 +73,15 @@ def processor_config(config: LlavaNextConfig) -> dict:
 def image_processor_config(config: LlavaNextConfig) -> dict:
     """preprocessor_config.json: the tower's size and normalisation, and the model's pinpoints."""
     size = config.vision_config.image_size
-    mean, std = NORMALISATION[config.vision_config.model_type]
+    kind = tower_kind(config.vision_config)
     return {
         "image_processor_type": "LlavaNextImageProcessor",
         "processor_class": "LlavaNextProcessor",
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
         "image_grid_pinpoints": [list(pair) for pair in config.image_grid_pinpoints],
-        "image_mean": list(mean),
-        "image_std": list(std),
+        "image_mean": list(kind.mean),
+        "image_std": list(kind.std),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "do_resize": True,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,20 +22,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llava_next.anyres import ORIGINAL_336, ORIGINAL_384, AnyRes
+from llava_next.anyres import AnyRes, original_pinpoints
 from llava_next.model.folders.card import Story, part_of, write_card
 from llava_next.model.folders.check import check_folder
 from llava_next.model.folders.companions import write_companions
 from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, made_aside, write_config, write_weights
-from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, resolve_folder, seeded
-from llava_next.model.forward.modeling import NORMALISATION, LlavaNextForConditionalGeneration
+from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, read_config, resolve_folder, seeded
+from llava_next.model.forward.kinds import TOWER_KINDS, check_language_model, check_tower, tower_kind
+from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, used_layers
 from llava_next.own_template import template_for
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN
 
 TOWER, LLM = "vision tower", "language model"  # roles
-LLM_KINDS = ("llama", "qwen2", "mistral")
 VOCABULARY_KEYS = ("embed_tokens.weight", "lm_head.weight")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # of a language model by itself
+FEATURE_LAYER = -2  # of the tower, in the published recipe
 VOCABULARY_MULTIPLE = 64  # rows of embedding and head are padded to this, as in the published checkpoints
 
 
@@ -62,10 +62,24 @@ def vision_part(name: str) -> Part:
         ValueError: a tower of another kind, a folder without config or weights.
     """
     folder = resolve_folder(name)
-    config = _read_config(folder)
+    config = read_config(folder)
     config = getattr(config, "vision_config", config)
-    _check_kind(config, tuple(NORMALISATION), "vision towers", name)
+    check_tower(config, name)
+    _check_normalisation(config, folder)
     return Part(config, CheckpointWeights(folder), origin=part_of(TOWER, name, folder))
+
+
+def _check_normalisation(config: PretrainedConfig, folder: Path) -> None:
+    """Refuses a tower whose own processor normalises otherwise than the composed model would."""
+    file, kind = folder / "preprocessor_config.json", tower_kind(config)
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    for key, ours in (("image_mean", kind.mean), ("image_std", kind.std)):
+        theirs = saved.get(key, ours)
+        if any(abs(a - b) > 1e-4 for a, b in zip(theirs, ours, strict=True)):
+            raise ValueError(
+                f"{file}: {key} is {theirs}, towers of the kind {config.model_type} are given pictures with "
+                f"{list(ours)}; this one would see others than it was trained with"
+            )
 
 
 def llm_part(name: str) -> Part:
@@ -76,8 +90,8 @@ def llm_part(name: str) -> Part:
         ValueError: a model of another kind, a folder without config or weights.
     """
     folder = resolve_folder(name)
-    config = _read_config(folder)
-    _check_kind(config, LLM_KINDS, "language models", name)
+    config = read_config(folder)
+    check_language_model(config, name)
     weights, origin = CheckpointWeights(folder), part_of(LLM, name, folder)
     if not (config.tie_word_embeddings and _has_own_head(weights)):
         return Part(config, weights, origin=origin)
@@ -96,28 +110,11 @@ def _has_own_head(weights: CheckpointWeights) -> bool:
     return not torch.equal(weights.get(HEAD), weights.get(EMBEDDING))
 
 
-def _check_kind(config: PretrainedConfig, kinds: tuple[str, ...], what: str, name: str) -> None:
-    if config.model_type not in kinds:
-        raise ValueError(f"{name}: {what} are {', '.join(kinds)}, not {config.model_type!r}")
-
-
-def _read_config(folder: Path) -> PretrainedConfig:
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        raise ValueError(
-            f"{folder}: config.json is of the kind {kind!r}, which this transformers does not know; vision towers are "
-            f"{', '.join(NORMALISATION)}, language models {', '.join(LLM_KINDS)}"
-        ) from error
-
-
 def random_part(config: PretrainedConfig, seed: int) -> Part:
     """A part with the architecture of `config` and seeded random weights."""
-    auto_class = AutoModel if config.model_type in NORMALISATION else AutoModelForCausalLM
-    origin = part_of(TOWER if config.model_type in NORMALISATION else LLM, "", None)
+    is_tower = config.model_type in TOWER_KINDS
+    auto_class = AutoModel if is_tower else AutoModelForCausalLM
+    origin = part_of(TOWER if is_tower else LLM, "", None)
     return Part(config, RandomWeights.of(config, auto_class, seed), origin=origin)
 
 
@@ -130,6 +127,7 @@ def compose(
     pinpoints: tuple[tuple[int, int], ...] | None = None,
     seed: int = 0,
     data_tokens: Sequence[str] = (),
+    feature_layer: int = FEATURE_LAYER,
     dtype: torch.dtype = torch.bfloat16,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
@@ -138,9 +136,10 @@ def compose(
     Args:
         tokenizer: of the language model; gets the image and pad tokens it lacks.
         template_name: chat template saved with the tokenizer and processor; `own`: the one that `tokenizer` brings.
-        pinpoints: (height, width) canvases; default: the published recipe's for the tower's size.
+        pinpoints: (height, width) canvases; default: see `compose_config`.
         seed: of projector, newline and nothing else.
         data_tokens: special tokens of the tokenizer that data may contain, kept with it.
+        feature_layer: of the tower, see `used_layers`.
 
     Returns:
         The folder, which passes every check of `check_folder`.
@@ -154,13 +153,13 @@ def compose(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new folder or remove it")
-    _check_kind(vision.config, tuple(NORMALISATION), "vision towers", vision.weights.label)
-    _check_kind(llm.config, LLM_KINDS, "language models", llm.weights.label)
+    check_tower(vision.config, vision.weights.label)
+    check_language_model(llm.config, llm.weights.label)
     template = template_for(template_name, tokenizer)
     if data_tokens:
         tokenizer.init_kwargs[DATA_TOKENS] = list(data_tokens)
     template.prepare_tokenizer(tokenizer)
-    config = compose_config(vision.config, llm.config, tokenizer, pinpoints)
+    config = compose_config(vision.config, llm.config, tokenizer, pinpoints, feature_layer)
     sources = source_of_keys(config, vision, llm)
     with made_aside(out) as aside:
         write_weights(composed_tensors(config, sources, seed), aside, max_file_bytes, dtype)
@@ -177,31 +176,35 @@ def compose_config(
     llm: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     pinpoints: tuple[tuple[int, int], ...] | None = None,
+    feature_layer: int = FEATURE_LAYER,
 ) -> LlavaNextConfig:
-    """The config of the composed model (recipe: features of layer -2; CLS dropped for CLIP, all patches for SigLIP).
+    """The config of the composed model: CLS dropped for CLIP, all patches for SigLIP.
+
+    Args:
+        pinpoints: default: the published recipe's, for tiles of the tower's size.
+        feature_layer: of the tower, see `used_layers`.
 
     Raises:
-        ValueError: pinpoints that do not fit the tower's tile size, or none known for it.
+        ValueError: pinpoints that do not fit the tower's tile size, or no such layer.
     """
+    used_layers(vision.num_hidden_layers, feature_layer)
     if pinpoints is None:
-        known = {336: ORIGINAL_336, 384: ORIGINAL_384}
-        if vision.image_size not in known:
-            raise ValueError(f"no published pinpoints for {vision.image_size} px tiles; give them (--pinpoints)")
-        pinpoints = known[vision.image_size]
+        pinpoints = original_pinpoints(vision.image_size)
     anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints)
     rows = max(llm.vocab_size, len(tokenizer))
     rows = math.ceil(rows / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     llm = type(llm).from_dict({**llm.to_dict(), "vocab_size": rows, **ids})
-    has_cls = vision.model_type == "clip_vision_model"
+    for part in (vision, llm):
+        part.__dict__.pop("auto_map", None)  # code that came with a checkpoint is not needed, and never run
     return LlavaNextConfig(
         vision_config=vision.to_dict(),
         text_config=llm.to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_grid_pinpoints=[list(p) for p in pinpoints],
         image_seq_length=anyres.patches_per_side**2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default" if has_cls else "full",
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="default" if tower_kind(vision).has_cls else "full",
         tie_word_embeddings=bool(llm.tie_word_embeddings),
         **ids,
     )
@@ -288,10 +291,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a language model's folder or repository.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or only a slow one.
     """
     folder = resolve_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no tokenizer could be loaded ({error}); give the language model's own") from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{folder}: {type(tokenizer).__name__} is a slow tokenizer, which does not tell where in a text its tokens "
+            "lie, as supervising answers needs; give a folder with a tokenizer.json (--tokenizer)"
+        )
+    return tokenizer

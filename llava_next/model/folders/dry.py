@@ -13,16 +13,23 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoConfig,
     CLIPVisionConfig,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
+    SmolLM3Config,
 )
 
+from llava_next.model.folders.sources import read_config
+from llava_next.model.forward.kinds import check_language_model, check_tower
 from llava_next.templates import get_template
 
 
@@ -52,6 +59,57 @@ LLMS = {
     "Qwen/Qwen2-7B-Instruct": (Qwen2Config, _QWEN_2),  # whose q, k and v have biases by definition
     "mistralai/Mistral-7B-Instruct-v0.2": (MistralConfig, _MISTRAL),
 }
+
+# beside the published pairings
+_BASE = _values(_TOWER, 768, 3072, 12, 12, 224, 16, "gelu_pytorch_tanh", 1e-6)
+_HUGE = _values(_TOWER, 1280, 5120, 32, 16, 378, 14, "quick_gelu", 1e-5, projection_dim=1024)
+OTHER_TOWERS = {
+    "google/siglip2-base-patch16-224": (SiglipVisionConfig, _BASE),
+    "google/siglip2-so400m-patch14-384": (SiglipVisionConfig, _SIGLIP),
+    "google/siglip2-so400m-patch16-256": (SiglipVisionConfig, _SIGLIP | {"image_size": 256, "patch_size": 16}),
+    "google/siglip2-so400m-patch16-512": (SiglipVisionConfig, _SIGLIP | {"image_size": 512, "patch_size": 16}),
+    "apple/DFN5B-CLIP-ViT-H-14-378": (CLIPVisionConfig, _HUGE),
+    "facebook/metaclip-h14-fullcc2.5b": (CLIPVisionConfig, _HUGE | {"image_size": 224}),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": (CLIPVisionConfig, _HUGE | {"image_size": 224, "hidden_act": "gelu"}),
+}
+_LLAMA_3_ROPE = _values("rope_type low_freq_factor high_freq_factor", "llama3", 1.0, 4.0)
+_LLAMA_3_ROPE |= {"factor": 8.0, "original_max_position_embeddings": 8192}
+_LLAMA_3_1 = _LLAMA_3 | {"max_position_embeddings": 131072, "rope": _LLAMA_3_ROPE}
+_LLAMA_3_2 = _values(_LLM, 128256, 2048, 8192, 16, 32, 8, 131072, 1e-5, 500000.0, 128000, 128009, head_dim=64)
+_LLAMA_3_2 |= {"rope": _LLAMA_3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
+_NEMO = _values(_LLM, 131072, 5120, 14336, 40, 32, 8, 1024000, 1e-5, 1000000.0, 1, 2, head_dim=128, sliding_window=None)
+_QWEN_3 = _values(_LLM, 151936, 4096, 12288, 36, 32, 8, 40960, 1e-6, 1000000.0, 151643, 151645, head_dim=128)
+_SMOLLM_2 = _values(_LLM, 49152, 2048, 8192, 24, 32, 32, 8192, 1e-5, 130000.0, 1, 2, tie_word_embeddings=True)
+_SMOLLM_3 = _values(_LLM, 128256, 2048, 11008, 36, 16, 4, 65536, 1e-6, 5000000.0, 128000, 128012, pad_token_id=128004)
+_OLMO_2 = _values(_LLM, 100352, 4096, 11008, 32, 32, 32, 4096, 1e-6, 500000.0, 100257, 100257, pad_token_id=100277)
+_YARN = _values("rope_type factor attention_factor", "yarn", 8.0, 1.2079441541679836)
+_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 8192}
+_OLMO_3 = _OLMO_2 | {"vocab_size": 100278, "max_position_embeddings": 65536, "sliding_window": 4096}
+_OLMO_3 |= {"rope": _YARN, "local_rope_theta": 500000.0}
+_PHI_4_LONG = [1.118320672**i for i in range(31)] + [
+    *(32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77)
+]  # as published, to nine digits
+_PHI_4 = _values(_LLM, 200064, 3072, 8192, 32, 24, 8, 131072, 1e-5, 10000.0, 199999, 199999, pad_token_id=199999)
+_PHI_4 |= {"original_max_position_embeddings": 4096, "sliding_window": 262144, "tie_word_embeddings": True}
+_PHI_4["rope"] = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": _PHI_4_LONG}
+_PHI_4["rope"] |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096}
+_GEMMA_3 = _values(_LLM, 262144, 1152, 6912, 26, 4, 1, 32768, 1e-6, 1000000.0, 2, 1, head_dim=256, sliding_window=512)
+_GEMMA_3 |= {"tie_word_embeddings": True, "local_rope_theta": 10000.0}
+OTHER_LLMS = {
+    "meta-llama/Llama-3.1-8B-Instruct": (LlamaConfig, _LLAMA_3_1),
+    "meta-llama/Llama-3.2-1B-Instruct": (LlamaConfig, _LLAMA_3_2),
+    "mistralai/Mistral-7B-Instruct-v0.3": (MistralConfig, _MISTRAL | {"vocab_size": 32768}),
+    "mistralai/Mistral-Nemo-Instruct-2407": (MistralConfig, _NEMO),
+    "Qwen/Qwen2.5-7B-Instruct": (Qwen2Config, _QWEN_2),
+    "Qwen/Qwen3-8B": (Qwen3Config, _QWEN_3),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": (LlamaConfig, _SMOLLM_2),
+    "HuggingFaceTB/SmolLM3-3B": (SmolLM3Config, _SMOLLM_3 | {"tie_word_embeddings": True}),
+    "allenai/OLMo-2-1124-7B-Instruct": (Olmo2Config, _OLMO_2),
+    "allenai/Olmo-3-7B-Instruct": (Olmo3Config, _OLMO_3),
+    "microsoft/Phi-4-mini-instruct": (Phi3Config, _PHI_4),
+    "google/gemma-3-1b-it": (Gemma3TextConfig, _GEMMA_3),
+}
+ARCHITECTURES = TOWERS | OTHER_TOWERS | LLMS | OTHER_LLMS
 
 
 @dataclass(frozen=True)
@@ -86,23 +144,25 @@ def architecture(name: str) -> PretrainedConfig:
     Raises:
         ValueError: neither a known name nor a folder with a config.json, or one of another kind.
     """
-    known = TOWERS | LLMS
-    if name in known:
-        return _config(*known[name])
+    if name in ARCHITECTURES:
+        return _config(*ARCHITECTURES[name])
     if not (Path(name) / "config.json").exists():
-        raise ValueError(f"{name}: known architectures are {', '.join(known)}; or give a folder with a config.json")
-    config = AutoConfig.from_pretrained(name)
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{name}: known architectures are {known}; or give a folder with a config.json")
+    config = read_config(Path(name))
     config = getattr(config, "vision_config", config)
-    if config.model_type not in {config_class.model_type for config_class, _ in known.values()}:
-        raise ValueError(f"{name}: {config.model_type!r} is no architecture that this project composes")
+    (check_tower if hasattr(config, "patch_size") else check_language_model)(config, name)
     return config
 
 
 def _config(kind: type, values: dict) -> PretrainedConfig:
+    values = dict(values)
     if "rope_theta" in values:
-        rope = {"rope_type": "default", "rope_theta": values["rope_theta"]}
-        values = {name: value for name, value in values.items() if name != "rope_theta"}
-        values |= {"rope_parameters": rope, "tie_word_embeddings": False}
+        rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")} | values.pop("rope", {})
+        if "local_rope_theta" in values:
+            local = {"rope_type": "default", "rope_theta": values.pop("local_rope_theta")}
+            rope = {"full_attention": rope, "sliding_attention": local}
+        values = {"tie_word_embeddings": False} | values | {"rope_parameters": rope}
     return kind(**values)
 
 
@@ -125,23 +185,35 @@ def scaled(config: PretrainedConfig, scale: str) -> PretrainedConfig:
     size = SCALES[scale]
     if size is None:
         return type(config).from_dict(values)
-    values.pop("layer_types", None)  # derived from the number of layers
-    head_dim = values.pop("head_dim", None) or config.hidden_size // config.num_attention_heads
-    if "num_key_value_heads" in values:
+    own_head_dim = values.pop("head_dim", None)
+    head_dim = own_head_dim or config.hidden_size // config.num_attention_heads
+    is_llm = "num_key_value_heads" in values
+    if is_llm:
         ratio = config.num_attention_heads // config.num_key_value_heads
-        head_dim //= size.text_shrink
         # two key heads at least: with one, a wrong order of repeated heads would not show
         values["num_key_value_heads"] = max(2, size.key_heads // ratio)
         values["num_attention_heads"] = values["num_key_value_heads"] * ratio
-        values["num_hidden_layers"] = size.text_layers
     else:
-        head_dim //= size.vision_shrink
         values["num_attention_heads"] = size.vision_heads
-        values["num_hidden_layers"] = size.vision_layers
-        if "projection_dim" in values:
-            values["projection_dim"] = size.vision_heads * head_dim
-    values["hidden_size"] = values["num_attention_heads"] * head_dim
+    wide = config.hidden_size / (config.num_attention_heads * head_dim)  # not 1 where heads have a size of their own
+    head_dim //= size.text_shrink if is_llm else size.vision_shrink
+    values["hidden_size"] = round(head_dim * wide) * values["num_attention_heads"]
+    if own_head_dim:
+        values["head_dim"] = head_dim
+    if "query_pre_attn_scalar" in values:
+        values["query_pre_attn_scalar"] = head_dim
+    if "projection_dim" in values:
+        values["projection_dim"] = size.vision_heads * head_dim
     values["intermediate_size"] = round(values["hidden_size"] * config.intermediate_size / config.hidden_size / 8) * 8
+    layers = values["num_hidden_layers"] = size.text_layers if is_llm else size.vision_layers
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # what differs by layer: each kind of it
+            kinds = list(dict.fromkeys(value))
+            values[key] = [kinds[layer % len(kinds)] for layer in range(layers)]
+    for rope in (values.get("rope_parameters"), values.get("rope_scaling")):
+        for key in ("short_factor", "long_factor"):
+            if key in (rope or {}):
+                rope[key] = rope[key][:: len(rope[key]) // int(head_dim * rope["partial_rotary_factor"] / 2)]
     return type(config).from_dict(values)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from llava_next.model.folders.companions import copy_companions
+from llava_next.model.forward.kinds import language_kind, rotary_parameters
 from llava_next.model.forward.lora import ADAPTER, BASE, adapter_parameters, is_adapter, merged_weight, plain_name
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -250,10 +251,24 @@ def write_config(config, folder: Path, dtype: torch.dtype) -> None:
     for part in (state, state["text_config"], state["vision_config"]):
         part.pop("_name_or_path", None)
         part["dtype"] = part["torch_dtype"] = name
-    rope = state["text_config"].get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        state["text_config"]["rope_theta"] = rope["rope_theta"]
-        scaled = rope.get("rope_type", "default") != "default"
-        state["text_config"]["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+    state["text_config"] |= old_rope(config.text_config)
     state["architectures"] = ["LlavaNextForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+
+def old_rope(text) -> dict:
+    """A language model's rotary embedding in the words of releases before 5: `rope_theta`, `rope_scaling` and more.
+
+    Where types of layers have embeddings of their own, those of layers with a window have the local base.
+    """
+    by_kind = rotary_parameters(text)
+    rope = by_kind.get(None) or by_kind["full_attention"]
+    old = {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    if "sliding_attention" in by_kind:
+        old["rope_local_base_freq"] = by_kind["sliding_attention"]["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope["rope_type"] != "default":
+        keys = language_kind(text).old_rope or [key for key in rope if key not in old]
+        old["rope_scaling"] = {key: (rope | {"type": rope["rope_type"]})[key] for key in keys}
+    return old

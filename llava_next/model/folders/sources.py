@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from llava_next.model.forward.kinds import LANGUAGE_KINDS, TOWER_KINDS
 from llava_next.paths import local_path
 
 # the README for the licence that it states
@@ -40,6 +41,29 @@ def resolve_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[weights, *BESIDE]))
     except Exception as error:
         raise ValueError(f"{name} is not a local folder and could not be fetched from the hub: {error}") from error
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a checkpoint folder; code that comes with it is never run.
+
+    Raises:
+        ValueError: there is none, or one of a kind that only its own code or another transformers knows.
+    """
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
+    raw = json.loads((folder / "config.json").read_text())
+    kind, why = raw.get("model_type"), "which this transformers does not know"
+    try:
+        if kind in CONFIG_MAPPING:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if "auto_map" in raw:
+            why = "which needs the code that came with it (auto_map); such code is never run"
+    except (ValueError, KeyError) as error:
+        why = f"but not a valid one ({error})"
+    raise ValueError(
+        f"{folder}: config.json is of the kind {kind!r}, {why}; vision towers are {', '.join(TOWER_KINDS)}, language "
+        f"models {', '.join(LANGUAGE_KINDS)}"
+    )
 
 
 class CheckpointWeights:
@@ -118,15 +142,15 @@ class CheckpointWeights:
 class RandomWeights:
     """Seeded random tensors with the names and shapes of an architecture.
 
-    Norms start at one, biases at zero, embeddings are normal with the config's `initializer_range`, and matrices and
-    convolutions normal with 1/sqrt(fan-in), which keeps activations near unit size at any width. A tensor depends on
-    the seed and its name only, so files, order and machine do not change it.
+    Norms change nothing, biases are zero, embeddings are normal with the config's `initializer_range`, and matrices
+    and convolutions normal with 1/sqrt(fan-in), which keeps activations near unit size at any width. A tensor depends
+    on the seed and its name only, so files, order and machine do not change it.
     """
 
     label = "random weights"
 
-    def __init__(self, shapes: dict[str, torch.Size], seed: int, std: float = 0.02):
-        self.shapes, self.seed, self.std = shapes, seed, std
+    def __init__(self, shapes: dict[str, torch.Size], seed: int, std: float = 0.02, norm: float = 1.0):
+        self.shapes, self.seed, self.std, self.norm = shapes, seed, std, norm
 
     @classmethod
     def of(cls, config: PretrainedConfig, auto_class, seed: int) -> RandomWeights:
@@ -139,7 +163,8 @@ class RandomWeights:
             for name, p in model.named_parameters(remove_duplicate=False)
             if not (name == "lm_head.weight" and id(p) in tied)
         }
-        return cls(shapes, seed, getattr(config, "initializer_range", 0.02))
+        kind = LANGUAGE_KINDS.get(config.model_type)
+        return cls(shapes, seed, getattr(config, "initializer_range", 0.02), kind.norm_weight if kind else 1.0)
 
     def names(self) -> list[str]:
         """Names in the architecture's order."""
@@ -151,7 +176,7 @@ class RandomWeights:
         if len(shape) == 1 and key.endswith("bias"):
             return torch.zeros(shape)
         if len(shape) == 1 and key.endswith("weight"):
-            return torch.ones(shape)
+            return torch.full(shape, self.norm)
         is_embedding = len(shape) == 1 or any(name in key for name in ("embed_tokens", "position_embedding"))
         std = self.std if is_embedding else shape[1:].numel() ** -0.5
         return torch.empty(shape).normal_(0.0, std, generator=seeded(self.seed, key))

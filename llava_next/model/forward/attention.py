@@ -117,27 +117,6 @@ def _activate_fa3(device: torch.device) -> str | None:
     return None
 
 
-def check_window(config, max_length: int) -> None:
-    """Refuses a sliding window that segments of `max_length` tokens would feel: segment attention has none.
-
-    A window at least as long as every segment changes nothing, so Mistral-7B v0.1 (4,096) trains up to that length.
-
-    Args:
-        config: of the language model.
-
-    Raises:
-        ValueError: some layer's window is shorter.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds and "sliding_attention" not in kinds) or max_length <= window:
-        return
-    raise ValueError(
-        f"the language model attends within a sliding window of {window:,} tokens, fewer than the {max_length:,} of "
-        f"the longest sample; lower data.max_length to {window:,}, or take a model without a window"
-    )
-
-
 def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -152,48 +131,55 @@ def segment_attention(
     kernel: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attends causally inside each segment and never across.
+    """Attends causally inside each segment and never across, within the layer's window where it has one.
 
     Args:
         query: `[1, heads, T, head_dim]`; key and value `[1, kv_heads, T, head_dim]`.
         cu_seq_lens_q: int32 `[G+1]`, segment borders in the flat sequence; absent: plain SDPA with `attention_mask`.
         max_length_q: the longest segment, a Python int so that no kernel has to ask the device for it.
-        sliding_window: of this layer; must be no shorter than the longest segment.
+        scaling: of the scores; None: 1 / sqrt(head_dim).
+        sliding_window: how many tokens, itself among them, a token sees; None: all before it.
         kernel: as `choose_attention` names it; None: varlen for half precision on CUDA, else sdpa.
 
     Returns:
         `[1, T, heads, head_dim]` and None (attention weights are never materialised).
 
     Raises:
-        ValueError: a window that a segment would feel, or dropout on attention weights.
+        ValueError: dropout on attention weights, or scores that are to be capped.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if sliding_window is not None:
-        check_window(module.config, max_length_q)
     if dropout:
         raise ValueError(f"attention_dropout is {dropout}: packed training has none; set it to 0 in config.json")
+    if kwargs.get("softcap") is not None:
+        raise ValueError(f"softcap is {kwargs['softcap']}: segment attention caps no scores; take a model without")
+    if sliding_window is not None and sliding_window >= max_length_q:
+        sliding_window = None
     kernel = kernel or ("varlen" if query.is_cuda and query.dtype in HALF else "sdpa")
-    return _KERNELS[kernel](query, key, value, cu_seq_lens_q, max_length_q, scaling), None
+    return _KERNELS[kernel](query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
 
 
-def _sdpa_per_segment(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling: float | None):
+def _sdpa_per_segment(query, key, value, cu_seqlens, max_length: int, scaling: float | None, window: int | None):
     # One SDPA call a segment is the same arithmetic as the sample alone, so packing is exact on a CPU. `split` rather
     # than slices: the backward of a split is one concatenation, that of a slice a full-size buffer each.
     lengths = cu_seqlens.diff().tolist()
-    outputs = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    seen = None
+    if window is not None:
+        seen = torch.ones(max_length, max_length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+
+    def attend(q, k, v):
+        length, grouped = q.shape[2], query.shape[1] != key.shape[1]
+        causal = {"is_causal": True} if window is None or length <= window else {"attn_mask": seen[:length, :length]}
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=grouped, **causal)
+
+    segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([attend(*segment) for segment in segments], dim=2).transpose(1, 2)
 
 
 @cache
-def _varlen_options(grouped: bool) -> dict:
+def _varlen_options(grouped: bool, window: int | None) -> dict:
     """How this torch release spells causal and grouped-query attention.
 
     2.11 has no word for the latter and does not look at the number of heads: its kernel takes fewer key heads as well.
@@ -201,29 +187,35 @@ def _varlen_options(grouped: bool) -> dict:
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "window_size" not in known and window is not None:
+        raise ValueError(f"varlen attention of torch {torch.__version__} has no sliding window: install torch 2.13")
+    options = {"window_size": _left_right(window)} if "window_size" in known else {"is_causal": True}
     if grouped and "enable_gqa" in known:
         options["enable_gqa"] = True
     return options
 
 
-def _varlen(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling: float | None) -> torch.Tensor:
+def _left_right(window: int | None) -> tuple[int, int]:
+    """A window as flash attention counts it: tokens before and behind."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def _varlen(query, key, value, cu_seqlens, max_length: int, scaling: float | None, window: int | None) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    options = _varlen_options(grouped=q.shape[1] != k.shape[1])
+    options = _varlen_options(q.shape[1] != k.shape[1], window)
     if scaling is not None:
         options = {**options, "scale": scaling}
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, **options).unsqueeze(0)
 
 
-def _flash(query, key, value, cu_seqlens: torch.Tensor, max_length: int, scaling: float | None) -> torch.Tensor:
+def _flash(query, key, value, cu_seqlens, max_length: int, scaling: float | None, window: int | None) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, softmax_scale=scaling, causal=True
-    ).unsqueeze(0)
+    options = {"softmax_scale": scaling, "causal": True, "window_size": _left_right(window)}
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, **options).unsqueeze(0)
 
 
 _KERNELS = {"fa3": _varlen, "varlen": _varlen, "flash": _flash, "sdpa": _sdpa_per_segment}

@@ -15,12 +15,7 @@ from transformers.utils import ModelOutput
 
 from llava_next.model.forward.attention import SEGMENT_ATTENTION, SEGMENT_NAMES
 from llava_next.model.forward.head import LossHead
-
-# mean and std of the tiles' normalisation by kind of vision tower, as in the processors published with them
-NORMALISATION = {
-    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+from llava_next.model.forward.kinds import rotary_parameters, rotary_types, tower_kind
 
 
 @dataclass
@@ -123,12 +118,10 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
         Returns:
             `[1 + N * patches, hidden_size]`: the newline embedding, then every tile's patches row by row.
         """
-        vision_config = self.config.vision_config
-        mean, std = NORMALISATION[vision_config.model_type]
-        tower = self.vision_tower
+        kind, tower = tower_kind(self.config.vision_config), self.vision_tower
         frozen = not any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = run_tower(tower, normalise(tiles, mean, std), self.config.vision_feature_layer)
+            patches = run_tower(tower, normalise(tiles, kind.mean, kind.std), self.config.vision_feature_layer)
             if self.config.vision_feature_select_strategy == "default":
                 patches = patches[:, 1:]
         patches = self.model.multi_modal_projector(patches)
@@ -165,13 +158,13 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
             )
         hidden = embeds[None]
         position_ids = position_ids[None]
-        position_embeddings = llm.rotary_emb(hidden, position_ids)
-        for layer in llm.layers:
+        rotary = rotary_embeddings(llm, hidden, position_ids, cu_seqlens)
+        for layer, kind in zip(llm.layers, rotary_types(llm.config), strict=True):
             hidden = layer(
                 hidden,
                 attention_mask=None,
                 position_ids=position_ids,
-                position_embeddings=position_embeddings,
+                position_embeddings=rotary[kind],
                 use_cache=False,
                 cu_seq_lens_q=cu_seqlens,
                 cu_seq_lens_k=cu_seqlens,
@@ -179,6 +172,27 @@ class LlavaNextForConditionalGeneration(StockLlavaNext):
                 max_length_k=max_seqlen,
             )
         return llm.norm(hidden)[0]
+
+
+def rotary_embeddings(
+    llm: nn.Module, hidden: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor
+) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
+    """Cosine and sine `[1, T, rotary_dim]` of every token, by type of layer (see `rotary_parameters`).
+
+    Longrope has other frequencies for samples longer than the model was first trained with. Stock transformers asks the
+    longest sample of a batch; here every segment has those that it has alone.
+    """
+    found = {}
+    for kind, parameters in rotary_parameters(llm.config).items():
+        of_kind = () if kind is None else (kind,)
+        found[kind] = llm.rotary_emb(hidden, position_ids, *of_kind)
+        if parameters["rope_type"] == "longrope":
+            lengths = cu_seqlens.diff()
+            is_long = lengths > parameters["original_max_position_embeddings"]
+            is_long = torch.repeat_interleave(is_long, lengths, output_size=hidden.shape[1])[None]
+            short = llm.rotary_emb(hidden, position_ids * ~is_long, *of_kind)
+            found[kind] = tuple(torch.where(is_long[..., None], *both) for both in zip(found[kind], short, strict=True))
+    return found
 
 
 def normalise(tiles: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

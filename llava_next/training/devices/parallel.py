@@ -192,6 +192,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
 
     A run makes at most 12 graphs, whatever its lengths: of the language model's first layer, of its others and of the
     tower's; each for one token or tile (an empty or text-only micro-batch) and for more, with gradient and without.
+    Types of layers (with a window or without, with a rotary embedding or without) have graphs of their own.
     Where attention is one SDPA call a segment (CPUs), that loop stays uncompiled, and under checkpointing the whole
     decoder layer.
     """

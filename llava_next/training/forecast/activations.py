@@ -13,9 +13,17 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from llava_next.model.forward.head import CHUNK
+from llava_next.model.forward.kinds import language_kind, rotary_parameters, tower_kind
 from llava_next.model.forward.lora import Lora
 from llava_next.model.forward.modeling import used_layers
-from llava_next.training.forecast.flops import Checkpointing, adapted_matrices, by_stack, decoder_weights, tile_tokens
+from llava_next.training.forecast.flops import (
+    Checkpointing,
+    adapted_matrices,
+    by_stack,
+    decoder_weights,
+    head_dim,
+    tile_tokens,
+)
 from llava_next.training.recipe.optim import Rates
 
 
@@ -88,11 +96,10 @@ def activations(
     b, hidden, llm_trains = compute.nbytes, text.hidden_size, rates.in_full("llm")
     decoder = decoder_layer(text, llm_trains, compute, rates.lora)
     policies, tower_policy = by_stack(policy, text.num_hidden_layers)
-    width = decoder_weights(text)[2] // text.num_attention_heads
     # the norm before the head is in no layer; under fp32 its input is the last layer's output, else a copy
     llm = tokens * sum(count * decoder.kept(name) for name, count in policies.items())
     llm += tokens * (4 * hidden + b * hidden * llm_trains)
-    llm += tokens * 2 * b * width  # cosine and sine of the rotary embedding, one for all layers
+    llm += tokens * 2 * b * head_dim(text) * len(rotary_parameters(text))  # cosine and sine of rotary embeddings
     llm += targets * b * hidden * llm_trains
     patches, tile_length = tile_tokens(vision)
     images = min(tokens, tiles * patches) * b * hidden + tiles * patches * b * (
@@ -103,7 +110,7 @@ def activations(
     tower = work = 0.0
     if rates.vision is not None:  # else it runs without gradient
         pixels = vision.num_channels * vision.image_size**2 * tiles
-        first_norm = length * vision.hidden_size * (vision.model_type == "clip_vision_model")
+        first_norm = length * vision.hidden_size * tower_kind(vision).has_cls
         tower = length * used * encoder.kept(tower_policy) + b * (pixels + first_norm)
         work = length * encoder.at_work(tower_policy)
     # bf16 logits, their fp32 copy and log-probabilities; in backward log-probabilities and two gradients: 12 at most
@@ -114,17 +121,20 @@ def activations(
 
 
 def decoder_layer(text: PretrainedConfig, trains: bool, compute: Compute, lora: Lora | None = None) -> LayerBytes:
-    """A Llama, Mistral or Qwen2 layer, bytes a token.
+    """A decoder layer, bytes a token.
 
-    Two RMSNorms keep their input in fp32 and, when they train, the normalised input; attention keeps queries, keys,
-    values, output and the fp32 logarithm of the sums; the MLP gate, its activation and up; matrices that train keep
-    their inputs. Adapters keep theirs, with dropout each its own and which of them it left out, and what A makes of
-    them; the row norms of DoRA are not counted.
+    RMSNorms keep their input in fp32 and, when they train, the normalised input; attention keeps queries, keys, values,
+    output and the fp32 logarithm of the sums; the MLP gate, its activation and up; matrices that train keep their
+    inputs. Where one matrix makes queries, keys and values, all that it makes stays with the values. Adapters keep
+    their inputs, with dropout each its own and which of them it left out, and what A makes of them; the row norms of
+    DoRA are not counted.
     """
     b, hidden, inner, width = compute.nbytes, text.hidden_size, text.intermediate_size, decoder_weights(text)[2]
-    key_width = width // text.num_attention_heads * text.num_key_value_heads
-    sums = 4 * text.num_attention_heads
-    norms = 2 * (4 * hidden + trains * 2 * b * hidden)
+    kind, key_width, sums = language_kind(text), head_dim(text) * text.num_key_value_heads, 4 * text.num_attention_heads
+    normed = kind.norms_before + kind.norms_after
+    norms = normed * hidden * (4 + trains * (kind.norm_bytes or b)) + trains * 2 * b * hidden
+    norms += kind.head_norms * (width + key_width) * (4 + trains * (kind.norm_bytes or b))
+    norms += kind.fused * b * (width + key_width)
     attention = b * (2 * width + 2 * key_width + width * (trains and not compute.fused)) + sums
     mlp = b * inner * (3 + trains)
     products = b * (3 * hidden + 2 * width + 2 * key_width + 2 * inner) + sums

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 from transformers import PretrainedConfig
 
 from llava_next.data.plan.dealing import CostModel
+from llava_next.model.forward.kinds import language_kind, tower_kind, windows
 from llava_next.model.forward.lora import Lora
 from llava_next.model.forward.modeling import used_layers
 from llava_next.training.recipe.optim import Rates
@@ -29,6 +30,8 @@ Checkpointing = Literal["none", "selective", "full"] | int
 
 # share of a layer's products that is computed again; selective keeps the outputs of all of them
 RECOMPUTED: dict[str, float] = {"none": 0.0, "selective": 0.0, "full": 1.0}
+# tokens of a window up to which samples are taken to be longer than it (see `flops_model`)
+SHORT_WINDOW = 2048
 
 
 def by_stack(policy: Checkpointing, layers: int) -> tuple[dict[str, int], str]:
@@ -108,6 +111,9 @@ class FlopsModel:
 def flops_model(config: PretrainedConfig, rates: Rates, checkpointing: Checkpointing = "none") -> FlopsModel:
     """Counts a LLaVA-NeXT model's FLOPs.
 
+    In a layer with a short window every token counts as one that sees a whole window: by up to 4 % of a layer too much
+    where samples are no longer than that. A longer window counts as none.
+
     Args:
         config: of the whole model.
         rates: what is trained; None freezes a module.
@@ -121,10 +127,14 @@ def flops_model(config: PretrainedConfig, rates: Rates, checkpointing: Checkpoin
     decoder, tower = by_stack(checkpointing, layers)
     share = sum(RECOMPUTED[policy] * count for policy, count in decoder.items()) / layers
     # scores and values: 2 products of 2 x width each, half under the mask; their gradients go to both inputs
-    square = 2.0 * width * layers
+    short = [window for window in windows(text) if window is not None and window <= SHORT_WINDOW]
+    square, seen = 2.0 * width * (layers - len(short)), 4.0 * width * sum(short)
+    if language_kind(text).norms_after:  # whose norm needs the last matrix' output
+        last = 0
     return FlopsModel(
         per_token=Work(
-            (2.0 * weights * passes + adapters) * layers, (2.0 * (weights - last) + adapters / 3) * layers * share
+            (2.0 * weights * passes + adapters) * layers + 3 * seen,
+            ((2.0 * (weights - last) + adapters / 3) * layers + seen) * share,
         ),
         per_square=Work(3 * square, square * share),
         per_tile=_tile_work(config, rates, RECOMPUTED[tower]),
@@ -158,25 +168,27 @@ def _tile_work(config: PretrainedConfig, rates: Rates, share: float) -> Work:
 def decoder_weights(text: PretrainedConfig) -> tuple[int, int, int]:
     """Of a decoder layer: weights of its matrices, those of the last one, and the width of all query heads together.
 
-    The last matrix is not computed again under checkpointing: its output is not needed to go backward.
+    The last matrix is not computed again under checkpointing where its output is not needed to go backward.
     """
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width, key_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    last = text.hidden_size * text.intermediate_size
-    return text.hidden_size * (2 * width + 2 * key_width) + 3 * last, last, width
+    sizes = [inputs * outputs for inputs, outputs in decoder_matrices(text).values()]
+    return sum(sizes), sizes[-1], text.num_attention_heads * head_dim(text)
+
+
+def head_dim(text: PretrainedConfig) -> int:
+    """Features of an attention head of the language model."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def decoder_matrices(text: PretrainedConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each matrix of a decoder layer, by its name in there."""
-    hidden, inner, width = text.hidden_size, text.intermediate_size, decoder_weights(text)[2]
-    keys = width // text.num_attention_heads * text.num_key_value_heads
-    attention = {
-        "q_proj": (hidden, width),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (width, hidden),
-    }
-    mlp = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    hidden, inner = text.hidden_size, text.intermediate_size
+    width, keys = (heads * head_dim(text) for heads in (text.num_attention_heads, text.num_key_value_heads))
+    if language_kind(text).fused:
+        attention, mlp = {"qkv_proj": (hidden, width + 2 * keys)}, {"gate_up_proj": (hidden, 2 * inner)}
+    else:
+        attention = {"q_proj": (hidden, width), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
+        mlp = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
+    attention["o_proj"], mlp["down_proj"] = (width, hidden), (inner, hidden)
     named = {f"self_attn.{name}": sides for name, sides in attention.items()}
     return named | {f"mlp.{name}": sides for name, sides in mlp.items()}
 
@@ -204,7 +216,7 @@ def encoder_weights(vision: PretrainedConfig) -> tuple[int, int]:
 def tile_tokens(vision: PretrainedConfig) -> tuple[int, int]:
     """Patches of a tile and the tokens that the tower makes of it: 576 and 577 for CLIP-L/336 (CLS), 729 twice."""
     patches = (vision.image_size // vision.patch_size) ** 2
-    return patches, patches + (vision.model_type == "clip_vision_model")
+    return patches, patches + tower_kind(vision).has_cls
 
 
 def cost_model(config: PretrainedConfig, rates: Rates, checkpointing: Checkpointing = "none") -> CostModel:

@@ -59,7 +59,10 @@ def shape_of(model) -> dict[str, torch.Tensor]:
 def main(jobs: list[list]) -> None:
     torch.set_num_threads(1)
     accelerator = build_accelerator()
+    plugin = accelerator.state.fsdp_plugin
+    given = plugin.transformer_cls_names_to_wrap
     for job in jobs:
+        plugin.transformer_cls_names_to_wrap = given  # else that of the first model
         one_step(accelerator, *job)
         accelerator.free_memory()
     finish(accelerator)

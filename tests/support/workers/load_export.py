@@ -58,6 +58,7 @@ def cases(model, processor, texts: dict) -> dict:
 def rope_theta(config) -> float:
     """The base that the rotary embedding of this release uses."""
     parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention", parameters)
     return parameters["rope_theta"] if transformers.__version__ >= "5" else config.rope_theta
 
 
