@@ -17,10 +17,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_next.model.forward.lora import Lora, check_lora
+from llava_next.model.forward.nf4 import check_nf4
 from llava_next.paths import local_path
 from llava_next.training.devices.float8 import check_float8
 from llava_next.training.devices.hardware import Hardware, parse_hardware
-from llava_next.training.recipe.optim import Rates
+from llava_next.training.recipe.optim import AdaptedRates, Rates
 
 
 @dataclass
@@ -169,6 +170,8 @@ class RunConfig:
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
         data, optim, checkpoint, profile: see there.
         lora: train low-rank adapters; null: in full.
+        quantize: `nf4` keeps the language model's matrices that have adapters in 4 bits while they train (QLoRA); extra
+            `qlora`. Results are merged into the matrices as they were.
         attn_implementation: segment attention's kernel: torch's varlen (CUDA), flash-attn, one SDPA call a segment, or
             the best that runs here.
         activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps
@@ -195,6 +198,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lora: Lora | None = None
+    quantize: Literal["nf4"] | None = None
     attn_implementation: Literal["auto", "varlen", "flash", "sdpa"] = "auto"
     activation_checkpointing: Literal["auto", "none", "selective", "full"] | int = "auto"
     compile_layers: bool = False
@@ -206,8 +210,10 @@ class RunConfig:
     log_required: bool = False
     hang_seconds: float = 600.0
 
-    def __post_init__(self):
-        self.optim.rates.lora = self.lora
+    @property
+    def rates(self) -> AdaptedRates:
+        """What is trained, and how."""
+        return AdaptedRates(**vars(self.optim.rates), lora=self.lora, quantize=self.quantize)
 
 
 @dataclass(frozen=True)
@@ -356,6 +362,14 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     if config.lora:
         check_lora(config.lora)
         check_adapted(config)
+    if config.quantize:
+        require(
+            config.lora is not None and "llm" in config.lora.modules,
+            "quantize",
+            f"{config.quantize} keeps frozen matrices under adapters in 4 bits, and the language model has none: what "
+            "trains in full needs all its bits; add lora (--lora.r 128), or leave quantize out",
+        )
+        check_nf4()
     for name in config.log_with:
         require(find_spec(name) is not None, "log_with", f"{name} is not installed; `pip install {name}`")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")
