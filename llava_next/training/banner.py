@@ -128,6 +128,8 @@ def model_lines(config: RunConfig, parts: Parts, model: LlavaNextForConditionalG
         start = f", from {lora.start}" if lora.start else ""
         figures = f"r {lora.r}, scale {lora.scale:g}, dropout {lora.dropout:g}"
         lines.append(f"  {kind:<9}{figures}, in {', '.join(lora.targets)}{start}")
+    if config.quantize:
+        lines.append("  nf4      the language model's matrices under them, in 4 bits; the result has them as they were")
     return lines
 
 

@@ -14,33 +14,22 @@ from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 from llava_next.model.folders.adapters import merge_adapter, save_adapter, tensors_of
 from llava_next.model.folders.export import full_tensors, save_model
 from llava_next.model.forward import nf4
-from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters, is_adapter, quantise_under
+from llava_next.model.forward.lora import Lora, adapter_layers, is_adapter, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.model.forward.nf4 import Nf4Linear, bitsandbytes, check_kernels
 from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.devices.parallel import apply_checkpointing
 from llava_next.training.recipe.config import parse_run
-from llava_next.training.recipe.optim import Rates, freeze
-from support.tiny import gradients, pack_tiny, random_samples, stock_loss, tiny_config, tiny_pair
+from support.tiny import WIDE, gradients, pack_tiny, random_samples, stock_loss, tiny_config, tiny_pair, with_adapters
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 LORA = Lora(r=4, alpha=8, dropout=0.0)
 DORA = Lora(r=3, alpha=6, dropout=0.0, targets=["llm.*.q_proj", "llm.*.down_proj"], dora=True)
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 64
 
 
 def quantised(start: Path, lora: Lora) -> LlavaNextForConditionalGeneration:
-    """The model of a folder with its matrices in 4 bits and adapters that are not what they began as."""
-    model = LlavaNextForConditionalGeneration.from_pretrained(start)
-    quantise_under(model, lora, torch.float32)
-    add_adapters(model, lora, seed=3)
-    freeze(model, Rates(vision=None))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_adapter(name):
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
+    """The model of a folder with its matrices in 4 bits, under adapters that are not what they began as."""
+    return with_adapters(LlavaNextForConditionalGeneration.from_pretrained(start), lora, "nf4")
 
 
 @pytest.fixture(scope="module")
