@@ -23,6 +23,7 @@ from torch import nn
 INSTALL = "pip install -e '.[qlora]'"
 LEAST = (0, 50)  # whose products of 4-bit matrices are one operation, see `parallel.KEPT`
 BLOCK, GROUP = 64, 256  # values that share a scale, and scales that share theirs: bitsandbytes' own
+PIECE = 2**20  # values of a matrix that are quantised at a time
 ALIGNED = 16  # bytes: where the parts of the scales begin
 PACKED, SCALES = ".packed", ".scales"  # ends of the parameters' names
 
@@ -52,15 +53,19 @@ class Nf4Linear(nn.Linear):
         matrix, made = linear.weight.detach(), cls(linear.in_features, linear.out_features, dtype, linear.bias)
         if matrix.is_meta:
             return made
-        values, state = bitsandbytes().functional.quantize_4bit(
-            matrix.to(device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4", quant_storage=dtype
-        )
+        # what `compress_statistics=True` does, in pieces: on CPUs a value takes 25 bytes while it is quantised
+        functional, how = bitsandbytes().functional, {"blocksize": BLOCK, "quant_type": "nf4", "quant_storage": dtype}
+        pieces = matrix.split(max(1, PIECE // linear.in_features))
+        values, states = zip(*(functional.quantize_4bit(piece.to(device), **how) for piece in pieces), strict=True)
+        packed, largest = torch.cat(values), torch.cat([state.absmax for state in states])
+        mean = largest.mean()
+        coarse, state = functional.quantize_blockwise(largest - mean, blocksize=GROUP)
         begin, end = made.floats
-        scales = torch.zeros(end, dtype=torch.uint8, device=values.device)
-        scales[: len(state.absmax)] = state.absmax
-        floats = torch.cat([state.state2.absmax, state.offset[None]])
+        scales = torch.zeros(end, dtype=torch.uint8, device=packed.device)
+        scales[: len(coarse)] = coarse
+        floats = torch.cat([state.absmax, mean[None]])
         scales[begin : begin + 4 * len(floats)] = floats.view(torch.uint8)
-        for name, tensor in (("packed", values.view(made.packed.shape)), ("scales", scales.view(dtype))):
+        for name, tensor in (("packed", packed.view(made.packed.shape)), ("scales", scales.view(dtype))):
             setattr(made, name, nn.Parameter(tensor.to(matrix.device), requires_grad=False))
         return made
 
@@ -94,7 +99,13 @@ class Nf4Linear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The matrix that products are made with, made anew each time: `[out_features, in_features]`."""
+        """What peft looks at for device and dtype."""
+        return self.packed
+
+    W_q = weight  # peft asks layers that have it to `dequantize`, where DoRA needs the matrix
+
+    def dequantize(self) -> torch.Tensor:
+        """The matrix that products are made with: `[out_features, in_features]`."""
         if self.packed.is_meta:
             return self.packed.new_empty(self.out_features, self.in_features)
         return bitsandbytes().functional.dequantize_4bit(self.packed.view(-1, 1), self.state)
@@ -152,7 +163,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     try:
         layer = nn.Linear(BLOCK, BLOCK, bias=False, device=device, dtype=dtype)
         made = Nf4Linear.of(layer, dtype)
-        far = (made.weight - layer.weight).abs().max() / layer.weight.abs().max()
+        far = (made.dequantize() - layer.weight).abs().max() / layer.weight.abs().max()
         product = made(layer.weight.detach())
         if not (far < 0.2 and torch.isfinite(product).all()):
             raise RuntimeError(f"a matrix comes back wrong by {far:.2g} of its largest value")
