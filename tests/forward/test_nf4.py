@@ -223,6 +223,6 @@ def test_matrices_of_no_whole_blocks_are_refused_by_name():
 
 def test_import_leaves_nothing_behind_and_takes_nothing_from_the_hub():
     before = torch.compile
-    bitsandbytes.cache_clear()
+    nf4._packages.clear()
     bitsandbytes()
     assert torch.compile is before and sys.modules.get("kernels", "absent") is not None

@@ -8,12 +8,12 @@ products, forward and backward, are bitsandbytes' own.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import sys
 from collections.abc import Collection
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -23,8 +23,11 @@ from torch import nn
 INSTALL = "pip install -e '.[qlora]'"
 LEAST = (0, 50)  # whose products of 4-bit matrices are one operation, see `parallel.KEPT`
 BLOCK, GROUP = 64, 256  # values that share a scale, and scales that share theirs: bitsandbytes' own
-PIECE = 2**20  # values of a matrix that are quantised at a time
+PIECE = 2**23  # values that are quantised at a time: what that takes is beyond what malloc keeps for itself
 ALIGNED = 16  # bytes: where the parts of the scales begin
+# what is made once; functools' caches would be traced anew by torch.compile
+_packages: list = []
+_codes: dict[torch.device, torch.Tensor] = {}
 PACKED, SCALES = ".packed", ".scales"  # ends of the parameters' names
 
 
@@ -119,10 +122,11 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-@cache
 def dynamic_code(device: torch.device) -> torch.Tensor:
     """What the 256 bytes of a scale stand for, float32 `[256]`."""
-    return bitsandbytes().functional.create_dynamic_map().to(device)
+    if device not in _codes:
+        _codes[device] = bitsandbytes().functional.create_dynamic_map().to(device)
+    return _codes[device]
 
 
 def quantise(
@@ -175,17 +179,17 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
         ) from error
 
 
-@cache
 def bitsandbytes():
     """The package, imported when first asked for.
 
     Kept out of its import: products for some CPUs that it would fetch from the hub and run, and the compilation of its
     optimizers, which nothing here uses and which takes seconds.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # would miss those products
-    with _without_hub_kernels(), _without_compilation():
-        import bitsandbytes as package
-    return package
+    if not _packages:
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # would miss those products
+        with _without_hub_kernels(), _without_compilation():
+            _packages.append(importlib.import_module("bitsandbytes"))
+    return _packages[0]
 
 
 @contextmanager
