@@ -1,6 +1,7 @@
 """Compiled layers: the same results, a bounded number of graphs, and nothing of it in checkpoints and exports."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from llava_next.model.forward.nf4 import check_kernels
 from llava_next.training.banner import speed_lines
 from llava_next.training.devices.parallel import RECOMPILE_LIMIT, apply_checkpointing, compile_layers
 from llava_next.training.recipe.config import RunConfig
-from llava_next.training.recipe.optim import Rates, freeze
+from llava_next.training.recipe.optim import AdaptedRates, Rates, freeze
 from support.exports import assert_stock_export
 from support.launching import launch
 from support.tiny import WIDE, tiny_config, tiny_pair
@@ -35,19 +36,31 @@ def graphs() -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("rates", "lora"),
-    [(Rates(), None), (Rates(llm=None, vision=None), None), (Rates(vision=None), Lora(r=4, dropout=0.1))],
-    ids=["all_trains", "frozen_but_for_the_projector", "lora_over_4_bits"],
+    [
+        pytest.param(Rates(), None, id="all_trains"),
+        pytest.param(Rates(llm=None, vision=None), None, id="frozen_but_for_the_projector"),
+        pytest.param(Rates(vision=None), Lora(r=4, dropout=0.1), id="lora"),
+        pytest.param(
+            AdaptedRates(vision=None, quantize="nf4"),
+            Lora(r=4, dropout=0.1),
+            id="lora_over_4_bits",
+            marks=pytest.mark.skipif(not os.environ.get("LLAVA_NEXT_COMPILED_NF4"), reason="LLAVA_NEXT_COMPILED_NF4=1"),
+        ),
+    ],
 )
 def test_a_run_of_any_lengths_makes_at_most_12_graphs_and_no_break(monkeypatch, rates, lora):
     """Lengths, text-only and empty micro-batches, validation: each kind once. Backward is part of its graph."""
     torch.manual_seed(0)
-    models = [LlavaNextForConditionalGeneration(tiny_config(**(WIDE if lora else {}))).train() for _ in range(2)]
+    models = [
+        LlavaNextForConditionalGeneration(tiny_config(**(WIDE if rates.quantize else {}))).train() for _ in range(2)
+    ]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         use_dense_attention(model, monkeypatch)
-        if lora:
+        if rates.quantize:
             check_kernels(torch.device("cpu"), torch.float32)  # as every run does before
             quantise_under(model, lora, torch.float32)
+        if lora:
             add_adapters(model, lora, seed=0)
         freeze(model, rates)
     apply_checkpointing(models[0], "selective")

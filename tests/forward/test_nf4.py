@@ -24,7 +24,7 @@ from support.tiny import WIDE, gradients, pack_tiny, random_samples, stock_loss,
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 LORA = Lora(r=4, alpha=8, dropout=0.0)
-DORA = Lora(r=3, alpha=6, dropout=0.0, targets=["llm.*.q_proj", "llm.*.down_proj"], dora=True)
+DORA = Lora(r=3, alpha=6, dropout=0.0, targets=["llm.*.q_proj", "llm.*.down_proj"], dora=True, copy_base=True)
 
 
 def quantised(start: Path, lora: Lora) -> LlavaNextForConditionalGeneration:
@@ -134,11 +134,13 @@ def test_a_matrix_takes_4_bits_a_value_and_an_eighth_for_its_scales():
 
 
 def test_result_is_merged_into_the_matrices_as_they_were(trained, start, tmp_path):
-    model, _, adapter = trained
+    model, lora, adapter = trained
     save_model(model, tmp_path / "model", dtype=torch.float32, unquantised=tensors_of(start))
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     merge_adapter(Path(base), adapter, tmp_path / "later", dtype=torch.float32)
     assert (tmp_path / "model/model.safetensors").read_bytes() == (tmp_path / "later/model.safetensors").read_bytes()
+    linked = Path(base, "model-model.safetensors").samefile(start / "model.safetensors")
+    assert linked != lora.copy_base
     with pytest.raises(ValueError, match="is written from what it was before"):
         save_model(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -244,7 +244,7 @@ LORA = ("--lora.r", 8, "--lora.alpha", 16, "--lora.dropout", 0.1, "--optim.rates
 def lora_run(demo, tmp_path_factory):
     """3 steps of LoRA with dropout, over matrices in 4 bits, on 2 ranks: run folder and metrics."""
     run = tmp_path_factory.mktemp("lora") / "run"
-    return run, run_stage(demo, run, *LORA, "--data.batch_size", 32)[1]
+    return run, run_stage(demo, run, *LORA, "--data.batch_size", 32, "--checkpoint.export_every", 2)[1]
 
 
 def test_qlora_is_the_same_on_1_rank_and_bit_equal_when_it_goes_on(demo, lora_run, tmp_path):
@@ -271,6 +271,8 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
     weights = [name for name in tensors if name.startswith("model.")]
     assert len(weights) == 2 * 14 + 4 + 1  # A and B of 7 matrices in 2 layers, projector, newline
     assert (run / "base/model-model.safetensors").samefile(demo / "base/model.safetensors")
+    assert all(finding.ok for finding in check_adapter(run / "adapter-step-2"))  # beside model-step-2
+    assert (run / "base-step-2/trained.safetensors").exists()
     assert len(load_file(run / "base/trained.safetensors")) == 5
 
 

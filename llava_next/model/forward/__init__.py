@@ -4,7 +4,7 @@ modeling.py: `LlavaNextForConditionalGeneration` with the packed forward
 attention.py: causal attention by segment
 head.py: the LM head whose forward is the loss
 lora.py: low-rank adapters by peft, and their dropout
-nf4.py: frozen matrices in 4 bits by bitsandbytes
+nf4.py: frozen matrices in 4 bits by bitsandbytes, as FSDP2 shards them
 
 May import: nothing of the project.
 """
