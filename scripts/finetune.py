@@ -17,7 +17,7 @@ import yaml
 
 from llava_next.data.loading.loader import start_worker_server
 from llava_next.training.banner import plan_banner
-from llava_next.training.checkpoints.exports import COMPANIONS, export_adapter, export_model
+from llava_next.training.checkpoints.exports import export_run
 from llava_next.training.checkpoints.holding import hold_run
 from llava_next.training.checkpoints.recovery import Resume, find_resume, resume_command
 from llava_next.training.checkpoints.same_run import run_facts
@@ -169,9 +169,7 @@ def train(
 
     check = partial(report_export, keep_template=config.data.keep_template)
     tell = card_writer(config, mixture, trainer.step)
-    export_model(model, run_dir / "model", run_dir / COMPANIONS, resume.folder, check, tell)
-    if config.lora:
-        export_adapter(model, config, resume.folder, tell)
+    export_run(model, config, resume.folder, check=check, tell=tell)
     say_last("", 0)
     finish(accelerator, last=partial(push, config))
 

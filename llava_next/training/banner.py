@@ -128,6 +128,8 @@ def model_lines(config: RunConfig, parts: Parts, model: LlavaNextForConditionalG
         start = f", from {lora.start}" if lora.start else ""
         figures = f"r {lora.r}, scale {lora.scale:g}, dropout {lora.dropout:g}"
         lines.append(f"  {kind:<9}{figures}, in {', '.join(lora.targets)}{start}")
+    if config.quantize:
+        lines.append("  nf4      the language model's matrices under them, in 4 bits; the result has them as they were")
     return lines
 
 
@@ -349,7 +351,7 @@ def speed_lines(config: RunConfig) -> list[str]:
 def time_lines(plan: Plan, mixture: Mixture, dealt: Dealt) -> list[str]:
     """FLOPs, hours and what storage must deliver, at an assumed share of the peak."""
     config, hardware, picked, layout = plan.config, plan.hardware, plan.picked, plan.layout
-    flops = flops_model(plan.picking.config, config.optim.rates)
+    flops = flops_model(plan.picking.config, config.rates)
     step, _ = flops.step_flops(dealt.tokens, dealt.squared_lengths, dealt.tiles, SUPERVISED_SHARE * dealt.tokens)
     shares = f"llm {100 * step.llm / step.total:.0f} %, vision {100 * step.vision / step.total:.0f} %"
     per_sample = si(step.total / config.data.batch_size, "FLOP")

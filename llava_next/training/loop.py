@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from llava_next.data.loading.feed import Feed
 from llava_next.data.plan.mixture import Mixture
-from llava_next.training.checkpoints.exports import COMPANIONS, export_model
+from llava_next.training.checkpoints.exports import export_run
 from llava_next.training.checkpoints.saving import Checkpoints
 from llava_next.training.devices.agreement import RunStopped, StepCounts, any_rank, slot_weights, take_step
 from llava_next.training.provenance import card_writer
@@ -322,11 +322,11 @@ class Trainer:
         return losses is not None
 
     def _export(self) -> bool:
-        """Writes the model as it is now to `model-step-N/`, in the layout of the final `model/`."""
-        folder = self.run_dir / f"model-step-{self.step}"
-        if self.step == self._unchanged[0] and folder.exists():  # written before the run was stopped
+        """Writes the model as it is now to `model-step-N/`, and its adapter, in the layout of the final ones."""
+        ending = f"-step-{self.step}"
+        if self.step == self._unchanged[0] and (self.run_dir / f"model{ending}").exists():  # before the run was stopped
             return True
         tell = card_writer(self.config, self.mixture, self.step)
-        export_model(self.model, folder, self.run_dir / COMPANIONS, self.checkpoints.folder, tell=tell)
+        folder = export_run(self.model, self.config, self.checkpoints.folder, ending, tell=tell)
         self.journal.say(f"model after step {self.step} written to {folder}")
         return True

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from llava_next.data.plan.mixture import Mixture
 from llava_next.data.storage.client import written_aside
 from llava_next.training.devices.hardware import Hardware, present_hardware
@@ -111,8 +113,8 @@ def make_plan(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardware
     factor = max(MARGIN, measured_factor(Path(config.run_dir), hardware)) if at_home else MARGIN
     picking = Picking(
         parts.model_config,
-        units_under(parts, config.optim.rates),
-        config.optim.rates,
+        units_under(parts, layout.compute, config.rates),
+        config.rates,
         *(layout, hardware, first_steps(mixture), wanted_by(config, launched), factor),
     )
     check_wanted(picking)
@@ -121,7 +123,7 @@ def make_plan(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardware
     choice = replace(picking, wanted=Wanted(*kept)).choose() if kept else picking.choose()
     picked = choice.picked
     config = decided(config, picked)
-    mixture.cost = cost_model(parts.model_config, config.optim.rates, picked.policy)
+    mixture.cost = cost_model(parts.model_config, config.rates, picked.policy)
     said = "" if picked.fits else too_large(picking, picked, parts)
     return Plan(config, picking, choice, facts, origin, launched, said)
 
@@ -136,7 +138,7 @@ def too_large(picking: Picking, picked: Candidate, parts: Parts) -> str:
         text += f"; weights, gradients and optimizer state alone are {si(found.states, 'B')}, whatever the budgets"
     if not picking.hardware.on_gpu:
         return f"{text}. --dry_run --as_if plans for a machine with GPUs"
-    ways = ways_to_fit(picking, partial(units_under, parts))
+    ways = ways_to_fit(picking, partial(units_under, parts, picking.layout.compute))
     return f"{text}. What would fit: {'; '.join(ways) or 'nothing that is known here; take more GPUs'}"
 
 
@@ -198,9 +200,10 @@ def layout_of(hardware: Hardware, launched: bool) -> Layout:
     return Layout(shard, compute, reshard, hardware.on_gpu, offload, replicate)
 
 
-def units_under(parts: Parts, rates: Rates) -> Units:
-    """The model's units with what these rates train."""
-    model = empty_model(replace(parts, lora=rates.lora))
+def units_under(parts: Parts, compute: Compute, rates: Rates) -> Units:
+    """The model's units with what these rates train, matrices in 4 bits counted as so many values of `compute`."""
+    how = replace(parts, lora=rates.lora, quantize=rates.quantize)
+    model = empty_model(how, torch.float32 if compute.nbytes == 4 else torch.bfloat16)
     freeze(model, rates)
     return units(model)
 
@@ -215,6 +218,7 @@ def facts_of(config: RunConfig, picking: Picking) -> dict:
         "max_length": config.data.max_length,
         "trained": [name for name, rate in asdict(config.optim.rates).items() if rate is not None],
         "lora": config.lora and asdict(config.lora),
+        "quantize": config.quantize,
         "factor": round(picking.factor, 4),
     }
 

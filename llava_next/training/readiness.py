@@ -78,7 +78,7 @@ def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume
     sizes, options = units(model).whole, config.checkpoint
     checkpoint, result = 12 * sizes.trainable, 2 * sizes.parameters  # as in `banner.size_lines`
     if config.lora:  # its folder, and the base's weights where they cannot be linked
-        linked = _device(Path(config.run_dir)) == _device(Path(config.model))
+        linked = _device(Path(config.run_dir)) == _device(Path(config.model)) and not config.lora.copy_base
         result += 4 * sizes.trainable + (0 if linked else 2 * sizes.frozen)
     last = min(mixture.total_steps, config.max_steps or mixture.total_steps)
     done = resume.state["step"]

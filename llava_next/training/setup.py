@@ -27,8 +27,9 @@ from llava_next.model.folders.check import check_folder
 from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.fused import choose_fused, fuse_layers
 from llava_next.model.forward.kinds import check_language_model, check_tower
-from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters
+from llava_next.model.forward.lora import Lora, adapter_layers, add_adapters, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.forward.nf4 import check_kernels
 from llava_next.own_template import template_for
 from llava_next.templates import Template
 from llava_next.tokenise import fingerprint
@@ -52,7 +53,7 @@ class Parts:
 
     Args:
         stands_in: what was taken for a model folder that is not there; empty when it is.
-        lora: adapters that the model gets.
+        lora: adapters that the model gets; quantize: how the language model's matrices under them are kept.
         made: of the files beside the result's weights, what cannot be copied from the start model, by name of the
             check that it failed (see `readiness.check_ready`).
     """
@@ -63,6 +64,7 @@ class Parts:
     fingerprint: str
     stands_in: str = ""
     lora: Lora | None = None
+    quantize: str | None = None
     made: list[str] = field(default_factory=list)
 
 
@@ -117,9 +119,10 @@ def parts_of(config: RunConfig, model_config, tokenizer, template: Template) -> 
     pinpoints = [] if square else [tuple(p) for p in model_config.image_grid_pinpoints]
     anyres = AnyRes(vision.image_size, vision.patch_size, pinpoints, square)
     encoder = Encoder(template, tokenizer, model_config.image_token_id, anyres, config.data.max_length)
-    parts = Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.identity), lora=config.lora)
+    parts = Parts(model_config, anyres, encoder, fingerprint(tokenizer, template.identity))
+    parts.lora, parts.quantize = config.lora, config.quantize
     if config.lora:
-        empty_model(parts)  # raises where a target finds no place
+        empty_model(parts, torch.float32)  # raises where a target finds no place
     return parts
 
 
@@ -175,7 +178,7 @@ def open_mixture(config: RunConfig, parts: Parts) -> Mixture:
         max_length=data.max_length,
         fingerprint=parts.fingerprint,
         shuffle_shards=data.shuffle_shards,
-        cost=cost_model(parts.model_config, config.optim.rates),  # a plan may know better, see `planning.make_plan`
+        cost=cost_model(parts.model_config, config.rates),  # a plan may know better, see `planning.make_plan`
     )
 
 
@@ -228,10 +231,16 @@ def open_feed(config: RunConfig, parts: Parts, mixture: Mixture, rank: int, worl
     return Feed(loader, data.stall_seconds, options.dump_file(f"rank{rank}"))
 
 
-def empty_model(parts: Parts) -> LlavaNextForConditionalGeneration:
-    """The model without memory: names, shapes and sizes only."""
+def empty_model(parts: Parts, quantised: torch.dtype | None = None) -> LlavaNextForConditionalGeneration:
+    """The model without memory: names, shapes and sizes only.
+
+    Args:
+        quantised: dtype that the run computes in, where matrices in 4 bits are to be what they are then; else whole.
+    """
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(parts.model_config)
+    if parts.quantize and quantised:
+        quantise_under(model, parts.lora, quantised)
     if parts.lora:
         add_adapters(model, parts.lora, seed=0)
     return model
@@ -243,13 +252,14 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
     if config.deterministic:
         use_deterministic()
     full_precision = accelerator.mixed_precision == "no"
-    kernel, reason = choose_attention(
-        config.attn_implementation, accelerator.device, torch.float32 if full_precision else torch.bfloat16
-    )
+    computing = torch.float32 if full_precision else torch.bfloat16
+    kernel, reason = choose_attention(config.attn_implementation, accelerator.device, computing)
     accelerator.print(f"attention  {kernel}: {reason}", flush=True)
     if config.float8:
         check_device(accelerator.device)
     kernels, fused = choose_fused(config.fused_layers, accelerator.device, config.fused_elsewhere)
+    if config.quantize:
+        check_kernels(accelerator.device, computing)
     if config.compiled and accelerator.state.fsdp_plugin.activation_checkpointing_offload:
         raise ValueError(
             "compile_layers: no layer would be compiled under the launch file's fsdp_activation_checkpointing_offload: "
@@ -257,10 +267,13 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
         )
     model = LlavaNextForConditionalGeneration.from_pretrained(
         config.model,
-        dtype=torch.float32 if full_precision else "auto",
+        dtype=torch.float32 if full_precision and not config.quantize else "auto",
         attn_implementation=attention_names(kernel),
     )
     optim = config.optim
+    if config.quantize:  # from the files' own mapped memory, before anything of it is copied
+        quantise_under(model, config.lora, computing, accelerator.device)
+        model = model.float() if full_precision else model
     if config.lora:
         add_adapters(model, config.lora, config.seed)
         if config.lora.start:
@@ -288,7 +301,7 @@ def open_journal(
     """What the run reports to; MFU is known for devices whose peak is."""
     last_step = min(mixture.total_steps, config.max_steps or mixture.total_steps)
     policy = checkpointing_policy(config.activation_checkpointing)
-    flops = flops_model(parts.model_config, config.optim.rates, policy)
+    flops = flops_model(parts.model_config, config.rates, policy)
     on_cuda = accelerator.device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name(accelerator.device)) if on_cuda else None
     return Journal(config, accelerator, mixture, Progress(last_step, start_step), flops, peak)

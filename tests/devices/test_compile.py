@@ -1,21 +1,23 @@
 """Compiled layers: the same results, a bounded number of graphs, and nothing of it in checkpoints and exports."""
 
 import json
+import os
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from llava_next.model.forward.attention import attention_names
-from llava_next.model.forward.lora import Lora, add_adapters
+from llava_next.model.forward.lora import Lora, add_adapters, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
+from llava_next.model.forward.nf4 import check_kernels
 from llava_next.training.banner import speed_lines
 from llava_next.training.devices.parallel import RECOMPILE_LIMIT, apply_checkpointing, compile_layers
 from llava_next.training.recipe.config import RunConfig
-from llava_next.training.recipe.optim import Rates, freeze
+from llava_next.training.recipe.optim import AdaptedRates, Rates, freeze
 from support.exports import assert_stock_export
 from support.launching import launch
-from support.tiny import tiny_config, tiny_pair
+from support.tiny import WIDE, tiny_config, tiny_pair
 from support.tracing import micro_batch, use_dense_attention
 
 
@@ -34,16 +36,30 @@ def graphs() -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("rates", "lora"),
-    [(Rates(), None), (Rates(llm=None, vision=None), None), (Rates(vision=None), Lora(r=4, dropout=0.1))],
-    ids=["all_trains", "frozen_but_for_the_projector", "lora"],
+    [
+        pytest.param(Rates(), None, id="all_trains"),
+        pytest.param(Rates(llm=None, vision=None), None, id="frozen_but_for_the_projector"),
+        pytest.param(Rates(vision=None), Lora(r=4, dropout=0.1), id="lora"),
+        pytest.param(
+            AdaptedRates(vision=None, quantize="nf4"),
+            Lora(r=4, dropout=0.1),
+            id="lora_over_4_bits",
+            marks=pytest.mark.skipif(not os.environ.get("LLAVA_NEXT_COMPILED_NF4"), reason="LLAVA_NEXT_COMPILED_NF4=1"),
+        ),
+    ],
 )
 def test_a_run_of_any_lengths_makes_at_most_12_graphs_and_no_break(monkeypatch, rates, lora):
     """Lengths, text-only and empty micro-batches, validation: each kind once. Backward is part of its graph."""
     torch.manual_seed(0)
-    models = [LlavaNextForConditionalGeneration(tiny_config()).train() for _ in range(2)]
+    models = [
+        LlavaNextForConditionalGeneration(tiny_config(**(WIDE if rates.quantize else {}))).train() for _ in range(2)
+    ]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         use_dense_attention(model, monkeypatch)
+        if rates.quantize:
+            check_kernels(torch.device("cpu"), torch.float32)  # as every run does before
+            quantise_under(model, lora, torch.float32)
         if lora:
             add_adapters(model, lora, seed=0)
         freeze(model, rates)

@@ -12,6 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
+from llava_next.model.forward.lora import Lora, is_adapter
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
 from llava_next.training.devices import launch as launch_file
 from llava_next.training.devices.agreement import slot_weights
@@ -19,7 +20,19 @@ from llava_next.training.devices.parallel import apply_checkpointing
 from llava_next.training.recipe.optim import module_of
 from support.kinds import ON_REQUEST, kind_config
 from support.launching import ROOT, launch
-from support.tiny import geometry, pack_tiny, pairing_config, random_samples, stock_loss, tiny_config, tiny_pair
+from support.tiny import (
+    WIDE,
+    geometry,
+    gradients,
+    pack_tiny,
+    pairing_config,
+    random_samples,
+    stock_loss,
+    tiny_config,
+    tiny_pair,
+    with_adapters,
+)
+from support.workers.gradients import samples_of
 
 TOLERANCE = 1e-5
 
@@ -56,6 +69,38 @@ def other_kinds(tmp_path_factory):
     """Rows of `KINDS`, made when asked for."""
     folder = tmp_path_factory.mktemp("fsdp")
     return functools.cache(lambda name: stock_reference(folder / name, kind_config(name)))
+
+
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Called with how matrices are kept: folder of a model, loss and gradients of a step with adapters on it."""
+    folder = tmp_path_factory.mktemp("adapted") / "model"
+    tiny_pair(folder, config=tiny_config(**WIDE))
+
+    @functools.cache
+    def of(quantize: str | None):
+        model = with_adapters(LlavaNextForConditionalGeneration.from_pretrained(folder), Lora(**LORA), quantize)
+        examples = [e for e, _ in samples_of(geometry(model.config))]
+        supervised = torch.tensor([(e.labels[1:] != -100).sum() for e in examples], dtype=torch.float64)
+        batch = pack_tiny(examples).weighted(slot_weights(supervised, "token"))
+        loss = model(**batch.model_inputs(torch.device("cpu")), num_sources=2).loss
+        loss.backward()
+        return folder, loss.detach(), gradients(model)
+
+    return of
+
+
+def assert_equal_to_one_process(result: dict[str, torch.Tensor], expected) -> None:
+    """One step of the worker with adapters equals that of one process, without FSDP2."""
+    _, loss, theirs = expected
+    ours = {k.removeprefix("grad/"): v for k, v in result.items() if k.startswith("grad/")}
+    assert ours.keys() == theirs.keys() and sum(is_adapter(name) for name in ours) == 2 * 7 * 2
+    for name, value in {**theirs, "loss": loss}.items():
+        found = ours.get(name, result["loss"])
+        torch.testing.assert_close(found, value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # (number of ranks, architecture): what its launch takes a step of, as (tied or not, or another kind; frozen modules)
@@ -190,9 +235,14 @@ def launch_yaml(folder, top=None, hsdp=None, **fsdp) -> str:
     return str(path)
 
 
-def test_hsdp_on_2x2_ranks_equals_one_process(reference, tmp_path):
+def test_hsdp_on_2x2_ranks_equals_one_process_with_adapters_too(reference, adapted, tmp_path):
     config = launch_yaml(tmp_path, hsdp=(2, 2), activation_checkpointing=True, reshard_after_forward=True)
-    run_worker([(reference[0], tmp_path / "out.safetensors", (), "full")], 4, config)
+    jobs = [(reference[0], tmp_path / "out.safetensors", (), "full")]
+    outs = {quantize: tmp_path / f"{quantize}.safetensors" for quantize in (None, "nf4")}
+    jobs += [(adapted(quantize)[0], out, (), "selective", LORA, quantize) for quantize, out in outs.items()]
+    run_worker(jobs, 4, config)
+    for quantize, out in outs.items():  # the bytes of 4-bit matrices are gathered as they were
+        assert_equal_to_one_process(load_file(out), adapted(quantize))
     result = load_file(tmp_path / "out.safetensors")
     assert_equal_to_stock(result, reference)
     assert (result["units"], result["mesh"].tolist()) == (8, [2, 2])

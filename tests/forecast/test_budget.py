@@ -18,7 +18,7 @@ from llava_next.model.folders.compose import compose, random_part
 from llava_next.model.folders.dry import architecture, corpus_texts, scaled, train_tokenizer
 from llava_next.model.folders.export import save_model
 from llava_next.model.forward.attention import attention_names
-from llava_next.model.forward.lora import Lora, add_adapters
+from llava_next.model.forward.lora import Lora, add_adapters, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training import planning
 from llava_next.training.banner import plan_banner
@@ -29,7 +29,7 @@ from llava_next.training.forecast.budget import Layout, estimate, units
 from llava_next.training.forecast.flops import flops_model
 from llava_next.training.planning import keep_choice, make_plan
 from llava_next.training.recipe.config import parse_run
-from llava_next.training.recipe.optim import Rates, freeze
+from llava_next.training.recipe.optim import AdaptedRates, Rates, freeze
 from llava_next.training.setup import load_parts, open_mixture
 from llava_next.training.watch.metrics import si
 from support.kinds import DISTINCT, kind_config
@@ -55,10 +55,12 @@ def small_config(llm: str, tower: str = CLIP) -> LlavaNextConfig:
     )
 
 
-def counts_of(config, rates: Rates):
-    """The units of a model that has no memory."""
+def counts_of(config, rates: Rates, dtype: torch.dtype = torch.bfloat16):
+    """The units of a model that has no memory, matrices in 4 bits seen as a dtype."""
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(config)
+    if rates.quantize:
+        quantise_under(model, rates.lora, dtype)
     if rates.lora:
         add_adapters(model, rates.lora, seed=0)
     freeze(model, rates)
@@ -80,11 +82,9 @@ def bytes_kept(model, batch) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 
-def lora_rates(**options) -> Rates:
+def lora_rates(quantize: str | None = None, **options) -> AdaptedRates:
     """Rates of a run by LoRA in the language model."""
-    rates = Rates(vision=None)
-    rates.lora = Lora(r=16, alpha=32, **options)
-    return rates
+    return AdaptedRates(vision=None, lora=Lora(**{"r": 16, "alpha": 32, **options}), quantize=quantize)
 
 
 TRAINED = {"all": Rates(), "stage_1": STAGE_1, "tower_frozen": Rates(vision=None)}
@@ -126,9 +126,10 @@ def kept_activations(config, rates: Rates, policy: str) -> tuple[float, int]:
     return ours, bytes_kept(model, batch)
 
 
-# policy, reshard_after_forward, frozen modules, rank of LoRA
-STEPS = [["full", True, [], 0], [2, False, [], 0], ["selective", True, ["llm", "vision"], 0]]
-STEPS += [["none", True, ["vision"], 16], ["selective", True, ["vision"], 16], ["none", True, [], 0]]
+# policy, reshard_after_forward, frozen modules, rank of LoRA, in 4 bits
+STEPS = [["full", True, [], 0, False], [2, False, [], 0, False], ["selective", True, ["llm", "vision"], 0, False]]
+STEPS += [["none", True, ["vision"], 16, False], ["selective", True, ["vision"], 16, True]]
+STEPS += [["none", True, [], 0, False]]
 
 
 @pytest.mark.parametrize(("processes", "steps"), [(1, STEPS), (2, STEPS[-1:])])
@@ -153,15 +154,15 @@ def compare_peaks(tmp_path, steps, processes: int, layout: Layout, launch_file: 
     save_model(LlavaNextForConditionalGeneration(config), tmp_path / "model", dtype=torch.float32)
     arguments = (tmp_path / "model", tmp_path / "peaks.json", json.dumps(steps))
     launch("tests/support/workers/memory.py", *arguments, processes=processes, config=launch_file)
-    for (policy, reshard, frozen, rank), found in zip(
+    dtype = torch.float32 if layout.compute.nbytes == 4 else torch.bfloat16
+    for (policy, reshard, frozen, rank, nf4), found in zip(
         steps, json.loads((tmp_path / "peaks.json").read_text()), strict=True
     ):
-        rates = Rates(**dict.fromkeys(frozen))
-        rates.lora = Lora(r=rank) if rank else None
+        rates = AdaptedRates(**dict.fromkeys(frozen), lora=Lora(r=rank) if rank else None, quantize="nf4" * nf4 or None)
         sizes = found["tokens"], found["tiles"], found["targets"]
         how = Layout(layout.shard, layout.compute, reshard, on_gpu=False)
-        expected = estimate(config, counts_of(config, rates), rates, policy, how, *sizes).total
-        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen, rank)
+        expected = estimate(config, counts_of(config, rates, dtype), rates, policy, how, *sizes).total
+        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen, rank, nf4)
 
 
 def test_tied_embedding_is_one_unit_with_the_head():
@@ -196,8 +197,7 @@ def test_frozen_parts_have_neither_gradients_nor_optimizer_state():
 
 
 def test_lora_has_states_of_adapters_only_and_no_weight_gradients_of_what_they_are_for():
-    config, rates = full_config(VICUNA), lora_rates()
-    rates.lora.r = 128
+    config, rates = full_config(VICUNA), lora_rates(r=128)
     adapters = 128 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     found = estimate(config, counts_of(config, rates), rates, "full", Layout(1, BF16), 8192, 24)
     trained = adapters + counts_of(config, STAGE_1).whole.trainable
@@ -205,6 +205,13 @@ def test_lora_has_states_of_adapters_only_and_no_weight_gradients_of_what_they_a
     assert found.weights == 4 * trained + 2 * counts_of(config, Rates()).whole.parameters - 2 * (trained - adapters)
     in_full, by_adapters = (flops_model(config, r).per_token.model for r in (Rates(), rates))
     assert by_adapters == in_full * 2 / 3 + 6 * adapters
+    in_4_bits = lora_rates("nf4", r=128)
+    less = (
+        found.weights - estimate(config, counts_of(config, in_4_bits), in_4_bits, "full", Layout(1, BF16), 1, 1).weights
+    )
+    matrices = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert less / matrices == pytest.approx(2 - (4 + 1 / 8 + 1 / 512) / 8, abs=1e-3)
+    assert flops_model(config, in_4_bits) == flops_model(config, rates)  # what is made whole again is no product
 
 
 def test_more_work_or_less_sharding_never_takes_less_memory():

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from llava_next.model.forward.lora import Lora, add_adapters
+from llava_next.model.forward.lora import Lora, add_adapters, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.hardware import parse_hardware
 from llava_next.training.forecast.activations import Compute
 from llava_next.training.forecast.budget import Layout, estimate, units
-from llava_next.training.forecast.fitting import ways_to_fit
+from llava_next.training.forecast.fitting import by_adapters, ways_to_fit
 from llava_next.training.forecast.picking import GRAIN, MARGIN, Picking, Steps, Wanted
 from llava_next.training.forecast.speed import communication_seconds, micro_batch_flops, step_seconds
-from llava_next.training.recipe.optim import Rates, freeze
+from llava_next.training.recipe.optim import AdaptedRates, Rates, freeze
 from support.published import VICUNA, full_config, profile_samples
 
 CONFIG = full_config(VICUNA)
@@ -25,6 +25,8 @@ STEPS = Steps([profile_samples(128, seed) for seed in range(4)], longest=4096, m
 def counts_under(rates: Rates):
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(CONFIG)
+    if rates.quantize:
+        quantise_under(model, rates.lora, torch.bfloat16)
     if rates.lora:
         add_adapters(model, rates.lora, seed=0)
     freeze(model, rates)
@@ -143,8 +145,7 @@ def test_where_states_alone_are_too_large_only_what_fits_is_named(picking_for, c
     offloaded = replace(picking.layout, offload=True)
     two, llm = least(Rates(), Layout(2, Compute())), least(frozen, picking.layout, counts_under(frozen))
     host = least(Rates(), offloaded)
-    adapters = Rates(llm=2e-4, vision=None)
-    adapters.lora = Lora()
+    adapters = AdaptedRates(llm=2e-4, vision=None, lora=Lora())
     lora = least(adapters, picking.layout, counts_under(adapters))
     assert lora < 0.25 * picked.need / 1e9
     assert ways_to_fit(picking, counts_under) == [
@@ -153,6 +154,11 @@ def test_where_states_alone_are_too_large_only_what_fits_is_named(picking_for, c
         f"--optim.rates.llm null ({llm:.1f} GB)",
         f"fsdp_offload_params: true in the launch file ({host:.1f} GB, and 112.8 GB of host memory a rank; slow)",
     ]
+    in_4_bits = replace(adapters, quantize="nf4")
+    small, nf4 = picking_for("1xrtx4090-24g"), least(in_4_bits, picking.layout, counts_under(in_4_bits))
+    said = f"--lora.r 128 --optim.rates.llm 2e-4 --optim.rates.vision null --quantize nf4 ({nf4:.1f} GB)"
+    assert by_adapters(small, counts_under) == [said]
+    assert by_adapters(replace(small, rates=in_4_bits), counts_under) == []
     given = picking_for("8xh100-80g", wanted=Wanted("none", tokens=16384))
     assert not given.choose().picked.fits
     auto = picking_for("8xh100-80g").choose().picked

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
@@ -112,8 +111,10 @@ def run(model, samples, parts: int = 1) -> tuple[torch.Tensor, dict[str, torch.T
     return total, gradients(model)
 
 
-def through_peft(adapted: Adapted) -> PeftModel:
+def through_peft(adapted: Adapted):
     """The written adapter on the written base by stock peft and stock transformers."""
+    from peft import PeftModel  # after bitsandbytes, see `nf4.bitsandbytes`
+
     base = json.loads((adapted.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     stock, info = StockLlavaNext.from_pretrained(base, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

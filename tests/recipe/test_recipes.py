@@ -68,9 +68,11 @@ def test_recipe_has_exactly_the_published_figures(model, stage):
     assert ("ours, not published" in text) == (model in OURS and not first)
 
 
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
 @pytest.mark.parametrize("model", EVERY)
-def test_lora_recipe_has_the_published_figures_and_is_stage_2_in_all_else(model):
-    run, full = recipe(model, "lora"), recipe(model, "finetune")
+def test_lora_recipe_has_the_published_figures_and_is_stage_2_in_all_else(model, kind):
+    run, full = recipe(model, kind), recipe(model, "finetune")
+    assert run.quantize == ("nf4" if kind == "qlora" else None)
     lora, rates = run.lora, run.optim.rates
     assert (lora.r, lora.alpha, lora.dropout, lora.targets) == (128, 256, 0.05, ["llm"])
     assert (lora.rank_scaling, lora.dora) == ("lora", False)
@@ -78,8 +80,8 @@ def test_lora_recipe_has_the_published_figures_and_is_stage_2_in_all_else(model)
     for key in ("template", "batch_size", "epochs", "max_length"):
         assert getattr(run.data, key) == getattr(full.data, key)
     assert (run.optim.warmup_ratio, run.optim.weight_decay, run.seed) == (0.03, 0.0, 42)
-    (command,) = commands(model, "lora")
-    assert (ROOT / command[3]).exists() and option(command, "--config") == f"scripts/recipes/{model}/lora.yaml"
+    (command,) = commands(model, kind)
+    assert (ROOT / command[3]).exists() and option(command, "--config") == f"scripts/recipes/{model}/{kind}.yaml"
     assert option(command, "--model") == option(commands(model, "finetune")[0], "--model")
 
 

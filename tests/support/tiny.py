@@ -11,13 +11,16 @@ from llava_next.anyres import AnyRes
 from llava_next.data.loading.batch import Example, PackedBatch, pack
 from llava_next.model.folders.dry import architecture, scaled
 from llava_next.model.forward.kinds import tower_kind
+from llava_next.model.forward.lora import Lora, add_adapters, is_adapter, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, normalise
+from llava_next.training.recipe.optim import Rates, freeze
 
 TILE, PATCH = 28, 7
 PINPOINTS = ((56, 28), (28, 56), (56, 56), (28, 84), (84, 28))
 ANYRES = AnyRes(TILE, PATCH, PINPOINTS)
 IMAGE_TOKEN_ID = 120
 VOCABULARY = 128
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # whose matrices are whole blocks of 4-bit values
 
 
 def tiny_config(**text_changes) -> LlavaNextConfig:
@@ -101,6 +104,22 @@ def tiny_pair(
     stock, info = StockLlavaNext.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return LlavaNextForConditionalGeneration.from_pretrained(folder), stock
+
+
+def with_adapters(
+    model: LlavaNextForConditionalGeneration, lora: Lora, quantize: str | None = None
+) -> LlavaNextForConditionalGeneration:
+    """The same model with adapters that are not what they began as; else only projector and newline train."""
+    if quantize:
+        quantise_under(model, lora, torch.float32)
+    add_adapters(model, lora, seed=3)
+    freeze(model, Rates(vision=None))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name) and not parameter.is_meta:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def random_samples(

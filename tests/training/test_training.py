@@ -243,17 +243,17 @@ def test_damaged_sample_becomes_a_hole_and_the_run_goes_on(demo, tmp_path):
     assert len(lines) == 1 and lines[0]["sample_id"] == 7 and "does not decode" in lines[0]["reason"]
 
 
-LORA = ("--lora.r", 8, "--lora.alpha", 16, "--lora.dropout", 0.1, "--optim.rates.vision", "null")
+LORA = ("--lora.r", 8, "--lora.alpha", 16, "--lora.dropout", 0.1, "--optim.rates.vision", "null", "--quantize", "nf4")
 
 
 @pytest.fixture(scope="module")
 def lora_run(demo, tmp_path_factory):
-    """3 steps of LoRA with dropout on 2 ranks: run folder and metrics."""
+    """3 steps of LoRA with dropout, over matrices in 4 bits, on 2 ranks: run folder and metrics."""
     run = tmp_path_factory.mktemp("lora") / "run"
-    return run, run_stage(demo, run, *LORA, "--data.batch_size", 32)[1]
+    return run, run_stage(demo, run, *LORA, "--data.batch_size", 32, "--checkpoint.export_every", 2)[1]
 
 
-def test_lora_is_the_same_on_1_rank_and_bit_equal_when_it_goes_on(demo, lora_run, tmp_path):
+def test_qlora_is_the_same_on_1_rank_and_bit_equal_when_it_goes_on(demo, lora_run, tmp_path):
     options = (*LORA, "--data.batch_size", 32, "--data.token_budget", 600)
     _, straight = run_stage(demo, tmp_path / "straight", *options, processes=1)
     run_stage(demo, tmp_path / "stopped", *options, "--max_steps", 1, processes=1)
@@ -277,6 +277,8 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
     weights = [name for name in tensors if name.startswith("model.")]
     assert len(weights) == 2 * 14 + 4 + 1  # A and B of 7 matrices in 2 layers, projector, newline
     assert (run / "base/model-model.safetensors").samefile(demo / "base/model.safetensors")
+    assert all(finding.ok for finding in check_adapter(run / "adapter-step-2"))  # beside model-step-2
+    assert (run / "base-step-2/trained.safetensors").exists()
     assert len(load_file(run / "base/trained.safetensors")) == 5
 
 

@@ -103,9 +103,10 @@ def save_adapter(
     is_main_process: bool = True,
     tell: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes `folder`, and beside it `base/` where projector or newline trained in full. A collective.
+    """Writes `folder`, and beside it a base where projector or newline trained in full. A collective.
 
     Args:
+        folder: `adapter`, or `adapter` with an ending that its base, `base`, gets too.
         start: model folder that training started from.
         companions: folder with what goes beside weights.
         tell: called with `folder` before it gets its name, to write the card.
@@ -123,8 +124,8 @@ def save_adapter(
                     full[name] = tensor.cpu()
             base = start
             if full:
-                base = folder.with_name("base")
-                write_base(base, start, full, model.config, companions)
+                base = folder.with_name("base" + folder.name.removeprefix("adapter"))
+                write_base(base, start, full, model.config, companions, lora.copy_base)
             write_adapter(folder, adapter, list(adapter_layers(model)), lora, base, companions, tell)
     finally:
         for _ in gathered:
@@ -174,13 +175,19 @@ def write_adapter(
 
 
 def write_base(
-    folder: Path, start: Path, trained: dict[str, torch.Tensor], config: LlavaNextConfig, companions: Path
+    folder: Path,
+    start: Path,
+    trained: dict[str, torch.Tensor],
+    config: LlavaNextConfig,
+    companions: Path,
+    copied: bool = False,
 ) -> None:
     """A model folder that is `start` but for some tensors, which lie in a small file; all others are linked, or copied
     where the file system has no links.
 
     Args:
         trained: parameter's name -> tensor.
+        copied: whether they are copied in any case.
     """
     found = ModelFolder(start).tensors
     keys = {own_key(key): key for key in found}
@@ -188,7 +195,7 @@ def write_base(
     names = {file: base_file(file) for file, *_ in found.values()}
     with made_aside(folder) as aside:
         for file, name in names.items():
-            link(start / file, aside / name)
+            (shutil.copyfile if copied else link)(start / file, aside / name)
         tensors = {key: tensor.to(DTYPES[found[key][2]]).contiguous() for key, tensor in replaced.items()}
         save_file(tensors, aside / TRAINED, metadata={"format": "pt"})
         (aside / TRAINED).chmod(aside.stat().st_mode & 0o666)
@@ -211,6 +218,19 @@ def link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def tensors_of(folder: Path) -> Callable[[str], torch.Tensor]:
+    """Gives the tensor of a model folder that a parameter's name stands for, read when asked for."""
+    found = ModelFolder(folder).tensors
+    keys = {own_key(key): key for key in found}
+
+    def read(name: str) -> torch.Tensor:
+        key = keys[file_key(name)]
+        with safe_open(folder / found[key][0], "pt") as file:
+            return file.get_tensor(key)
+
+    return read
 
 
 def read_adapter(folder: Path) -> AdapterFolder:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from llava_next.model.folders.companions import copy_companions
 from llava_next.model.forward.kinds import language_kind, rotary_parameters
 from llava_next.model.forward.lora import ADAPTER, BASE, adapter_parameters, is_adapter, merged_weight, plain_name
+from llava_next.model.forward.nf4 import PACKED, SCALES
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
@@ -114,20 +115,31 @@ def _os_error(error: SafetensorError, path: Path) -> Exception:
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
-def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def full_tensors(
+    model: nn.Module, unquantised: Callable[[str], torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of every parameter, gathered one at a time. A collective: all ranks must run it to the end.
 
     Tied weights come once, under the name of the embedding. Adapters are merged: a matrix that has one comes float32.
+
+    Args:
+        unquantised: gives the matrix of a name that the model has in 4 bits, as it was; without it, it is left out.
     """
     for name, parameter in model.named_parameters():
-        if is_adapter(name):
+        if is_adapter(name) or name.endswith(SCALES):
             continue
-        tensor = whole(parameter)
+        in_4_bits = name.endswith(PACKED)
+        name = name.removesuffix(PACKED) + ".weight" if in_4_bits else name
+        tensor = None if in_4_bits else whole(parameter)
         if BASE in name and name.endswith("weight"):
             layer = model.get_submodule(name.partition(BASE)[0])
             adapter = {kind: whole(part) for kind, part in adapter_parameters(layer).items()}
-            tensor = merged_weight(tensor, layer.scaling[ADAPTER], **adapter)
-        yield plain_name(name), tensor
+            if in_4_bits and unquantised:
+                tensor = unquantised(plain_name(name)).to(parameter.device)
+            if tensor is not None:
+                tensor = merged_weight(tensor, layer.scaling[ADAPTER], **adapter)
+        if tensor is not None:
+            yield plain_name(name), tensor
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -143,6 +155,7 @@ def save_model(
     dtype: torch.dtype = torch.bfloat16,
     is_main_process: bool = True,
     max_file_bytes: int = MAX_FILE_BYTES,
+    unquantised: Callable[[str], torch.Tensor] | None = None,
     tell: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Writes a model folder that stock `from_pretrained` loads. All ranks must call it; the main one writes.
@@ -157,6 +170,7 @@ def save_model(
         dtype: of every tensor written, and what config.json states.
         max_file_bytes: size limit of one safetensors file. Beside the model, memory holds one file's tensors and
             the gathered tensor that is being copied into it.
+        unquantised: see `full_tensors`; used on the main process.
         tell: called with the folder before it gets its name, to write the card.
 
     Returns:
@@ -167,7 +181,9 @@ def save_model(
         OSError: the folder cannot be written. The other ranks are not left waiting: the main one gathers to the end
             before it raises.
     """
-    folder, gathered = Path(folder), full_tensors(model)
+    if is_main_process and unquantised is None and any(name.endswith(PACKED) for name, _ in model.named_parameters()):
+        raise ValueError("a model in 4 bits is written from what it was before; give `unquantised`")
+    folder, gathered = Path(folder), full_tensors(model, unquantised if is_main_process else None)
     try:
         if is_main_process:
             with made_aside(folder) as aside:

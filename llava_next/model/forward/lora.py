@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from llava_next.model.forward.modeling import used_layers
+from llava_next.model.forward.nf4 import bitsandbytes, quantise
 
 INSTALL = "pip install -e '.[lora]'"
 LEAST_PEFT = (0, 18)
@@ -54,6 +55,7 @@ class Lora:
         rank_scaling: `lora`: scale = alpha / r; `rslora`: alpha / sqrt(r).
         dora: train every row's length apart from its direction (DoRA).
         start: adapter folder to start from, with a new optimizer; it must be of the model given.
+        copy_base: the base that a run leaves beside its adapter has copies of the start model's files, not links.
     """
 
     r: int = 128
@@ -63,6 +65,7 @@ class Lora:
     rank_scaling: Literal["lora", "rslora"] = "lora"
     dora: bool = False
     start: str | None = None
+    copy_base: bool = False
 
     @property
     def scale(self) -> float:
@@ -133,7 +136,7 @@ def chosen_layers(model: nn.Module, lora: Lora) -> list[str]:
             raise ValueError(f"lora.targets: {target!r} is no layer of this model; there are {', '.join(kinds)}")
         found |= matches
     for name in sorted(found):
-        rows, columns = layers[name].weight.shape
+        rows, columns = layers[name].out_features, layers[name].in_features
         if lora.r > min(rows, columns):
             raise ValueError(
                 f"lora.r: {lora.r} is more than the rank that {short_name(name)} can have ({rows} x {columns}); give "
@@ -164,12 +167,27 @@ def target_pattern(names: Iterable[str]) -> str:
     return "|".join(parts)
 
 
+def quantise_under(model: nn.Module, lora: Lora, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Puts the matrices of the language model that `add_adapters` will be for in 4 bits, in place.
+
+    Args:
+        dtype: in which the model computes; device: that quantises.
+
+    Raises:
+        ValueError: see `chosen_layers` and `quantise`.
+    """
+    quantise(model, [name for name in chosen_layers(model, lora) if name.startswith(GROUPS["llm"][0])], dtype, device)
+
+
 def add_adapters(model: nn.Module, lora: Lora, seed: int) -> None:
     """Puts adapters into the model, in place: A drawn by the seed, B zero, both float32.
 
     Raises:
         ValueError: see `chosen_layers`.
     """
+    if find_spec("bitsandbytes"):
+        bitsandbytes()  # peft imports it wherever it is installed: in the way that takes no seconds
+
     from peft import LoraConfig, inject_adapter_in_model
 
     names = chosen_layers(model, lora)

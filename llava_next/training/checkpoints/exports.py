@@ -9,13 +9,44 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llava_next.model.folders.adapters import save_adapter
+from llava_next.model.folders.adapters import save_adapter, tensors_of
 from llava_next.model.folders.export import save_model
 from llava_next.training.checkpoints.recovery import CheckpointError, complete_checkpoints
 from llava_next.training.checkpoints.saving import ADVICE
 from llava_next.training.recipe.config import RunConfig
 
 COMPANIONS = "companions"  # folder in the run folder: what goes beside the weights, made before the first step
+
+
+def export_run(
+    model: nn.Module,
+    config: RunConfig,
+    checkpoints: Path,
+    ending: str = "",
+    check: Callable[[Path], None] = lambda folder: None,
+    tell: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Writes what a run has made so far: `model/`, with adapters `adapter/` and `base/` before it. A collective.
+
+    Args:
+        ending: of these names; checkpoints, check, tell: see `export_model`.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        CheckpointError: as `export_model`.
+    """
+    run_dir = Path(config.run_dir)
+    folder, companions, start = run_dir / f"model{ending}", run_dir / COMPANIONS, Path(config.model)
+    if config.lora:
+
+        def write(is_main_process: bool) -> None:
+            save_adapter(model, run_dir / f"adapter{ending}", config.lora, start, companions, is_main_process, tell)
+
+        _write_together(write, run_dir / f"adapter{ending}", checkpoints)
+    export_model(model, folder, companions, checkpoints, check, tell, start)
+    return folder
 
 
 def export_model(
@@ -25,6 +56,7 @@ def export_model(
     checkpoints: Path,
     check: Callable[[Path], None] = lambda folder: None,
     tell: Callable[[Path], None] = lambda folder: None,
+    start: Path | None = None,
 ) -> None:
     """Writes a model folder that stock transformers loads. A collective.
 
@@ -33,35 +65,17 @@ def export_model(
         checkpoints: the run's checkpoints, which the message names.
         check: called on rank 0 with the finished folder; raises ValueError when it cannot be used.
         tell: called on rank 0 with the folder before it gets its name, to write the card.
+        start: model folder that training started from, where matrices in 4 bits are as they were.
 
     Raises:
         CheckpointError: on all ranks: it could not be written, or does not pass the check.
     """
 
     def write(is_main_process: bool) -> None:
-        save_model(model, folder, companions, is_main_process=is_main_process, tell=tell)
+        unquantised = tensors_of(start) if start and is_main_process else None
+        save_model(model, folder, companions, is_main_process=is_main_process, unquantised=unquantised, tell=tell)
         if is_main_process:
             check(folder)
-
-    _write_together(write, folder, checkpoints)
-
-
-def export_adapter(
-    model: nn.Module, config: RunConfig, checkpoints: Path, tell: Callable[[Path], None] = lambda folder: None
-) -> None:
-    """Writes a run's `adapter/`, and `base/` where projector or newline trained in full. A collective.
-
-    Args:
-        tell: as in `export_model`.
-
-    Raises:
-        CheckpointError: as `export_model`.
-    """
-    run_dir = Path(config.run_dir)
-    folder, companions = run_dir / "adapter", run_dir / COMPANIONS
-
-    def write(is_main_process: bool) -> None:
-        save_adapter(model, folder, config.lora, Path(config.model), companions, is_main_process, tell)
 
     _write_together(write, folder, checkpoints)
 

@@ -38,6 +38,7 @@ BACKENDS = "cpu:gloo,cuda:nccl"
 # Everything else (norms, rotary embedding, activations, residual sums) is cheap to compute again.
 KEPT = {
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_scaled_mm"),
+    "bitsandbytes::gemm_4bit",
     *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
     *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"),
     *("aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward"),

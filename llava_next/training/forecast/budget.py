@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.forecast.activations import Compute, activations
-from llava_next.training.forecast.flops import Checkpointing
+from llava_next.training.forecast.flops import Checkpointing, adapted_matrices
 from llava_next.training.recipe.optim import Rates
 
 # cheapest recomputation first
@@ -161,7 +161,10 @@ def estimate(
     # first layer's own gradients follow; a single rank in fp32 has nothing to reduce or to convert.
     logits = active.head + 2 * b * head.trainable
     reducing = 4 * max(head.trainable, layer.trainable) if shard > 1 or b < 4 else 0
-    llm_work = active.llm_layer + reducing + b * layer.trainable
+    # a matrix in 4 bits is made whole for each product with it
+    matrices = adapted_matrices(config.text_config, rates.lora) if rates.quantize else []
+    whole_matrix = b * max((inputs * outputs for inputs, outputs in matrices), default=0)
+    llm_work = active.llm_layer + reducing + b * layer.trainable + whole_matrix
     vision_work = active.vision_layer - active.llm_kept + 4 * counts.embedding.trainable
     workspace = CONTEXT_BYTES + (NCCL_BYTES if shard > 1 else 0) if layout.on_gpu else 0.0
     states = weights + gradients + 2 * gradients + gathered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -10,7 +11,7 @@ from llava_next.model.forward.lora import Lora
 from llava_next.training.devices.hardware import GPUS_PER_NODE
 from llava_next.training.forecast.budget import Units
 from llava_next.training.forecast.picking import Picking, Wanted
-from llava_next.training.recipe.optim import Rates
+from llava_next.training.recipe.optim import AdaptedRates, Rates
 
 FREEZABLE = ("vision", "llm")
 
@@ -32,11 +33,7 @@ def ways_to_fit(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[s
         if (need := least(replace(picking, layout=replace(picking.layout, shard=ranks)))) <= memory:
             ways.append(f"{ranks} such GPUs ({_gb(need)} each)")
             break
-    if picking.rates.llm is not None and not picking.rates.lora and find_spec("peft"):
-        rates = replace(picking.rates, vision=None)
-        rates.lora = Lora()
-        if (need := least(replace(picking, rates=rates, counts=counts_of(rates)))) <= memory:
-            ways.append(f"--lora.r {rates.lora.r} --optim.rates.llm 2e-4 --optim.rates.vision null ({_gb(need)})")
+    ways += by_adapters(picking, counts_of)
     for name in FREEZABLE if not picking.rates.lora else ():
         rates = replace(picking.rates, **{name: None})
         if getattr(picking.rates, name) is None or (rates.llm is None and rates.projector is None):
@@ -49,6 +46,22 @@ def ways_to_fit(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[s
             sizes = f"{_gb(need)}, and {_gb(states)} of host memory a rank; slow"
             ways.append(f"fsdp_offload_params: true in the launch file ({sizes})")
     return ways
+
+
+def by_adapters(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[str]:
+    """Low-rank adapters if that fits, else with the matrices under them in 4 bits; nothing where the run has both."""
+    before = picking.rates
+    if before.llm is None or before.quantize or not find_spec("peft"):
+        return []
+    options = [] if before.lora else ["--lora.r", str(Lora.r), "--optim.rates.llm 2e-4 --optim.rates.vision null"]
+    changes = {"lora": before.lora or Lora(), "vision": before.vision if before.lora else None}
+    for quantize in ("nf4",) if before.lora else (None, "nf4"):
+        rates = AdaptedRates(**vars(before) | changes | {"quantize": quantize})
+        with suppress(ValueError):  # a model whose matrices are too small, or no whole blocks
+            if (need := least(replace(picking, rates=rates, counts=counts_of(rates)))) <= picking.hardware.memory:
+                words = [*options, *(["--quantize nf4"] if quantize else [])]
+                return [f"{' '.join(words)} ({_gb(need)})"]
+    return []
 
 
 def least(picking: Picking) -> float:

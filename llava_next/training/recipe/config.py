@@ -18,10 +18,11 @@ from huggingface_hub.utils import validate_repo_id
 from jsonargparse import ArgumentError, ArgumentParser
 
 from llava_next.model.forward.lora import Lora, check_lora
+from llava_next.model.forward.nf4 import check_nf4
 from llava_next.paths import local_path
 from llava_next.training.devices.float8 import check_float8
 from llava_next.training.devices.hardware import Hardware, parse_hardware
-from llava_next.training.recipe.optim import Rates
+from llava_next.training.recipe.optim import AdaptedRates, Rates
 
 
 @dataclass
@@ -170,6 +171,8 @@ class RunConfig:
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
         data, optim, checkpoint, profile: see there.
         lora: train low-rank adapters; null: in full.
+        quantize: `nf4` keeps the language model's matrices that have adapters in 4 bits while they train (QLoRA); extra
+            `qlora`. Results are merged into the matrices as they were.
         attn_implementation: segment attention's kernel: FlashAttention 3 (Hopper, package flash_attn_3), torch's varlen
             (CUDA), flash-attn, one SDPA call a segment, or the best that runs here.
         activation_checkpointing: what `fsdp_activation_checkpointing: true` of the launch file means: a layer keeps
@@ -204,6 +207,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lora: Lora | None = None
+    quantize: Literal["nf4"] | None = None
     attn_implementation: Literal["auto", "fa3", "varlen", "flash", "sdpa"] = "auto"
     activation_checkpointing: Literal["auto", "none", "selective", "full"] | int = "auto"
     compile_layers: Literal["auto"] | bool = "auto"
@@ -219,8 +223,10 @@ class RunConfig:
     push_to_hub: str | None = None
     push_public: bool = False
 
-    def __post_init__(self):
-        self.optim.rates.lora = self.lora
+    @property
+    def rates(self) -> AdaptedRates:
+        """What is trained, and how."""
+        return AdaptedRates(**vars(self.optim.rates), lora=self.lora, quantize=self.quantize)
 
     @property
     def compiled(self) -> bool:
@@ -385,6 +391,14 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     if config.lora:
         check_lora(config.lora)
         check_adapted(config)
+    if config.quantize:
+        require(
+            config.lora is not None and "llm" in config.lora.modules,
+            "quantize",
+            f"{config.quantize} keeps frozen matrices under adapters in 4 bits, and the language model has none: what "
+            "trains in full needs all its bits; add lora (--lora.r 128), or leave quantize out",
+        )
+        check_nf4()
     for name in config.log_with:
         require(find_spec(name) is not None, "log_with", f"{name} is not installed; `pip install {name}`")
     if config.push_to_hub is not None:

@@ -30,12 +30,10 @@ class Rates:
         projector: the two-layer projector.
         vision: vision tower.
         newline: the image_newline embedding.
-
-    Attributes:
-        lora: of the run: a module with an adapter trains by it alone, at the module's rate.
     """
 
-    lora: ClassVar[Lora | None] = None
+    lora: ClassVar[None] = None  # see `AdaptedRates`
+    quantize: ClassVar[None] = None
 
     llm: float | None = 2e-5
     projector: float | None = 2e-5
@@ -45,6 +43,19 @@ class Rates:
     def in_full(self, module: str) -> bool:
         """Whether a module's own matrices train, not adapters in their place."""
         return getattr(self, module) is not None and not (self.lora and module in self.lora.modules)
+
+
+@dataclass
+class AdaptedRates(Rates):
+    """Rates of a run that may have adapters: a module with some trains by them alone, at the module's rate.
+
+    Args:
+        lora: the adapters.
+        quantize: how the matrices of the language model that have one are kept, see `RunConfig`.
+    """
+
+    lora: Lora | None = None
+    quantize: str | None = None
 
 
 def module_of(name: str) -> str:

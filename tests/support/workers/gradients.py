@@ -1,6 +1,7 @@
 """Run under `accelerate launch`: loss and all gradients of one step, dealt unevenly to the ranks.
 
-Usage: gradients.py JOBS, a JSON list of [MODEL_FOLDER, OUT_FILE, FROZEN_MODULES, CHECKPOINTING].
+Usage: gradients.py JOBS, a JSON list of [MODEL_FOLDER, OUT_FILE, FROZEN_MODULES, CHECKPOINTING], and
+where adapters train [..., LORA (an object), QUANTIZE].
 The result also says what FSDP made of the launch file: units, layers that hold whole weights after a forward,
 checkpointed layers, and in how many pieces a weight lies.
 Rank 0 gets a text-only sample and an empty micro-batch; the images are on the others (with one rank: all on it).
@@ -16,12 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llava_next.model.folders.export import full_tensors
+from llava_next.model.forward.lora import Lora
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.agreement import agree_on_step, slot_weights
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import build_accelerator, finish, shard
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
-from support.tiny import geometry, pack_tiny, random_samples
+from support.tiny import geometry, pack_tiny, random_samples, with_adapters
 
 
 def samples_of(anyres):
@@ -68,11 +70,22 @@ def main(jobs: list[list]) -> None:
     finish(accelerator)
 
 
-def one_step(accelerator, folder: str, out: str, frozen: list[str], checkpointing: str | int) -> None:
+def one_step(
+    accelerator,
+    folder: str,
+    out: str,
+    frozen: list[str],
+    checkpointing: str | int,
+    lora: dict | None = None,
+    quantize: str | None = None,
+) -> None:
     dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
-    freeze(model, rates)
+    if lora:
+        model = with_adapters(model, Lora(**lora), quantize)
+    else:
+        freeze(model, rates)
     model, _ = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), checkpointing)
     micros = micro_batches(accelerator.process_index, accelerator.num_processes, geometry(model.config))
     counts = agree_on_step(micros, 6, stop=False)

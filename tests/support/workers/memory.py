@@ -1,7 +1,7 @@
 """Run under `accelerate launch`: peak memory of a second training step, as the CPU allocator counts it.
 
 Usage: memory.py MODEL_FOLDER OUT_FILE CASES, where cases is a JSON list of [policy, reshard, [frozen module, ...],
-rank of LoRA or 0].
+rank of LoRA or 0, and whether it is in 4 bits].
 Everything a run holds is allocated under the profiler: the sharded model, the optimizer's state, a step of an empty
 micro-batch, and one of an empty and a full one. Writes a list of peak bytes, and tokens, tiles and targets of rank 0's
 full micro-batch.
@@ -17,7 +17,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from llava_next.model.forward.attention import attention_names
-from llava_next.model.forward.lora import Lora, add_adapters
+from llava_next.model.forward.lora import Lora, add_adapters, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.parallel import build_accelerator, finish, shard
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
@@ -52,7 +52,7 @@ def peak_bytes(profiler) -> int:
     return peak
 
 
-def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[str], rank: int) -> dict:
+def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[str], rank: int, nf4: bool) -> dict:
     """Two steps of a fresh model under the eyes of the allocator."""
     plugin, on_gpu = accelerator.state.fsdp_plugin, accelerator.device.type == "cuda"
     plugin.activation_checkpointing, plugin.reshard_after_forward = policy != "none", reshard
@@ -66,6 +66,8 @@ def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[s
             attn_implementation=attention_names("varlen" if on_gpu else "sdpa"),
         )
         rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
+        if nf4:
+            quantise_under(model, Lora(r=rank), torch.bfloat16 if on_gpu else torch.float32, accelerator.device)
         if rank:
             add_adapters(model, Lora(r=rank), seed=0)
         freeze(model, rates)
