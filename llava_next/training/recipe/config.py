@@ -20,6 +20,7 @@ from llava_next.model.forward.lora import Lora, check_lora
 from llava_next.paths import local_path
 from llava_next.training.devices.float8 import check_float8
 from llava_next.training.devices.hardware import Hardware, parse_hardware
+from llava_next.training.recipe.low_memory import check_torchao
 from llava_next.training.recipe.optim import Rates
 
 
@@ -103,6 +104,10 @@ class OptimConfig:
 
     Args:
         rates: peak learning rate per module.
+        name: `adamw`; `adamw8bit` keeps its moments in 8 bits with a scale for every 256, by torchao: 2 bytes a trained
+            parameter, not 8 (extra `adamw8bit`).
+        master: what trained parameters are kept in: `fp32`, or `bf16`, rounded at random so that small updates count: 2
+            bytes a parameter, not 4. Needs mixed_precision bf16 in the launch file; gradients stay fp32.
         betas, eps, weight_decay: of AdamW.
         warmup_ratio: share of the steps with linear warm-up.
         max_grad_norm: clipping; null switches it off (the original DeepSpeed runs had none).
@@ -112,6 +117,8 @@ class OptimConfig:
     """
 
     rates: Rates = field(default_factory=Rates)
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    master: Literal["fp32", "bf16"] = "fp32"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -353,6 +360,8 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
     if config.float8:
         check_float8(llm_trains=optim.rates.llm is not None)
+    if optim.name == "adamw8bit":
+        check_torchao()
     if config.lora:
         check_lora(config.lora)
         check_adapted(config)
