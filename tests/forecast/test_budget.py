@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from llava_next.training.watch.metrics import si
 from support.launching import ROOT, launch
 from support.published import CLIP, LLAMA3, PROFILE, QWEN2, SIGLIP, STAGE_1, VICUNA, full_config
 from support.tiny import geometry, pack_tiny, random_samples
+from support.tracing import find_torchao
 
 BF16, FP32 = Compute(2, fused=True), Compute(4, fused=False)
 
@@ -113,9 +115,11 @@ def test_kept_activations_are_those_that_autograd_keeps(llm, tower, rates, polic
     assert ours == pytest.approx(bytes_kept(model, batch), rel=0.06)
 
 
-# policy, reshard_after_forward, frozen modules, rank of LoRA
-STEPS = [["full", True, [], 0], [2, False, [], 0], ["selective", True, ["llm", "vision"], 0]]
-STEPS += [["none", True, ["vision"], 16], ["selective", True, ["vision"], 16], ["none", True, [], 0]]
+# policy, reshard_after_forward, frozen modules, rank of LoRA, optimizer
+STEPS = [["full", True, [], 0, "adamw"], [2, False, [], 0, "adamw"], ["selective", True, ["llm", "vision"], 0, "adamw"]]
+STEPS += [["none", True, ["vision"], 16, "adamw"], ["selective", True, ["vision"], 16, "adamw"]]
+STEPS += [["full", True, [], 0, "adamw8bit"]] if find_torchao() else []
+STEPS += [["none", True, [], 0, "adamw"]]
 
 
 @pytest.mark.parametrize(("processes", "steps"), [(1, STEPS), (2, STEPS[-1:])])
@@ -140,15 +144,15 @@ def compare_peaks(tmp_path, steps, processes: int, layout: Layout, launch_file: 
     save_model(LlavaNextForConditionalGeneration(config), tmp_path / "model", dtype=torch.float32)
     arguments = (tmp_path / "model", tmp_path / "peaks.json", json.dumps(steps))
     launch("tests/support/workers/memory.py", *arguments, processes=processes, config=launch_file)
-    for (policy, reshard, frozen, rank), found in zip(
+    for (policy, reshard, frozen, rank, name), found in zip(
         steps, json.loads((tmp_path / "peaks.json").read_text()), strict=True
     ):
         rates = Rates(**dict.fromkeys(frozen))
         rates.lora = Lora(r=rank) if rank else None
         sizes = found["tokens"], found["tiles"], found["targets"]
-        how = Layout(layout.shard, layout.compute, reshard, on_gpu=False)
+        how = Layout(layout.shard, layout.compute, reshard, on_gpu=False, optimizer=name)
         expected = estimate(config, counts_of(config, rates), rates, policy, how, *sizes).total
-        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen, rank)
+        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen, rank, name)
 
 
 def test_tied_embedding_is_one_unit_with_the_head():
@@ -192,6 +196,41 @@ def test_lora_has_states_of_adapters_only_and_no_weight_gradients_of_what_they_a
     assert found.weights == 4 * trained + 2 * counts_of(config, Rates()).whole.parameters - 2 * (trained - adapters)
     in_full, by_adapters = (flops_model(config, r).per_token.model for r in (Rates(), rates))
     assert by_adapters == in_full * 2 / 3 + 6 * adapters
+
+
+@pytest.mark.parametrize(("llm", "tower"), [(VICUNA, CLIP), (QWEN2, SIGLIP)])
+def test_8_bit_moments_take_two_bytes_a_trained_parameter_and_bf16_masters_two(llm, tower):
+    counts = counts_of(full_config(llm, tower), Rates())
+    trained = counts.whole.trainable
+    assert counts.trained_bytes() == (4 * trained, 8 * trained)
+    masters, moments = counts.trained_bytes("adamw8bit", "bf16")
+    assert masters == 2 * trained and moments / trained == pytest.approx(2 + 2 * 4 / 256, rel=0.002)
+
+
+@pytest.mark.parametrize(("optimizer", "master", "states"), [("adamw8bit", "fp32", 70.8), ("adamw8bit", "bf16", 56.7)])
+def test_full_training_of_7b_with_less_memory_fits_one_gpu_of_80_gb(dry_run, optimizer, master, states):
+    out = dry_run("--as_if", "1xh100-80g", "--optim.name", optimizer, "--optim.master", master)
+    row = next(line for line in out.splitlines() if line.endswith("picked"))
+    assert float(row.split()[-3]) * 1.05 < 84.9  # GB, with the margin
+    parts = dict(part.split() for part in out.split("GB at the peak: ")[1].split(";")[0].split(", "))
+    assert sum(float(parts[name]) for name in ("weights", "gradients", "Adam")) == pytest.approx(states, rel=0.005)
+    assert f"optim.name {optimizer} saves 44." in out and ("optim.master bf16 saves 14.8 GB" in out) == (
+        master == "bf16"
+    )
+
+
+def test_what_does_not_fit_names_the_optimizer_s_options_that_would_help(dry_run):
+    told = " ".join(dry_run("--as_if", "1xh100-80g").split())
+    assert re.search(r"What would fit: --optim.name adamw8bit \(83.\d GB\); 2 such GPUs", told)
+    told = " ".join(dry_run("--as_if", "1xa100-80g", "--optim.master", "bf16").split())
+    assert re.search(r"What would fit: --optim.name adamw8bit \(68.\d GB\); 2 such GPUs", told)
+    told = " ".join(dry_run("--as_if", "2xa100-40g").split())
+    assert "What would fit: --optim.name adamw8bit --optim.master bf16 (" in told
+
+
+def test_bf16_masters_are_for_bf16_compute(dry_run):
+    with pytest.raises(ValueError, match=r"^optim.master: bf16 goes with mixed_precision: bf16 in the launch file"):
+        dry_run("--optim.master", "bf16")
 
 
 def test_more_work_or_less_sharding_never_takes_less_memory():
