@@ -207,23 +207,18 @@ def test_8_bit_moments_take_two_bytes_a_trained_parameter_and_bf16_masters_two(l
     assert masters == 2 * trained and moments / trained == pytest.approx(2 + 2 * 4 / 256, rel=0.002)
 
 
-@pytest.mark.parametrize(("optimizer", "master", "states"), [("adamw8bit", "fp32", 70.8), ("adamw8bit", "bf16", 56.7)])
-def test_full_training_of_7b_with_less_memory_fits_one_gpu_of_80_gb(dry_run, optimizer, master, states):
-    out = dry_run("--as_if", "1xh100-80g", "--optim.name", optimizer, "--optim.master", master)
+def test_full_training_of_7b_with_less_memory_fits_one_gpu_of_80_gb(dry_run):
+    out = dry_run("--as_if", "1xh100-80g", "--optim.name", "adamw8bit", "--optim.master", "bf16")
     row = next(line for line in out.splitlines() if line.endswith("picked"))
     assert float(row.split()[-3]) * 1.05 < 84.9  # GB, with the margin
     parts = dict(part.split() for part in out.split("GB at the peak: ")[1].split(";")[0].split(", "))
-    assert sum(float(parts[name]) for name in ("weights", "gradients", "Adam")) == pytest.approx(states, rel=0.005)
-    assert f"optim.name {optimizer} saves 44." in out and ("optim.master bf16 saves 14.8 GB" in out) == (
-        master == "bf16"
-    )
+    assert sum(float(parts[name]) for name in ("weights", "gradients", "Adam")) == pytest.approx(56.7, rel=0.005)
+    assert "optim.name adamw8bit saves 44.2 GB; optim.master bf16 saves 14.8 GB" in out
 
 
 def test_what_does_not_fit_names_the_optimizer_s_options_that_would_help(dry_run):
     told = " ".join(dry_run("--as_if", "1xh100-80g").split())
     assert re.search(r"What would fit: --optim.name adamw8bit \(83.\d GB\); 2 such GPUs", told)
-    told = " ".join(dry_run("--as_if", "1xa100-80g", "--optim.master", "bf16").split())
-    assert re.search(r"What would fit: --optim.name adamw8bit \(68.\d GB\); 2 such GPUs", told)
     told = " ".join(dry_run("--as_if", "2xa100-40g").split())
     assert "What would fit: --optim.name adamw8bit --optim.master bf16 (" in told
 
