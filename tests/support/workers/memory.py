@@ -1,7 +1,7 @@
 """Run under `accelerate launch`: peak memory of a second training step, as the CPU allocator counts it.
 
 Usage: memory.py MODEL_FOLDER OUT_FILE CASES, where cases is a JSON list of [policy, reshard, [frozen module, ...],
-rank of LoRA or 0, optimizer].
+rank of LoRA or 0, optimizer, master].
 Everything a run holds is allocated under the profiler: the sharded model, the optimizer's state, a step of an empty
 micro-batch, and one of an empty and a full one. Writes a list of peak bytes, and tokens, tiles and targets of rank 0's
 full micro-batch.
@@ -54,7 +54,9 @@ def peak_bytes(profiler) -> int:
     return peak
 
 
-def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[str], rank: int, name: str) -> dict:
+def measure(
+    accelerator, folder: str, policy: str, reshard: bool, frozen: list[str], rank: int, name: str, master: str
+) -> dict:
     """Two steps of a fresh model under the eyes of the allocator."""
     plugin, on_gpu = accelerator.state.fsdp_plugin, accelerator.device.type == "cuda"
     if name == "adamw8bit":  # what torchao's import takes is no part of it
@@ -75,7 +77,12 @@ def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[s
             add_adapters(model, Lora(r=rank), seed=0)
         freeze(model, rates)
         model, optimizer = shard(
-            accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0, name), policy
+            accelerator,
+            model,
+            lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0, name),
+            policy,
+            False,
+            master,
         )
         batch = batch_of(model.config, accelerator.process_index)
         short = pack_tiny([], geometry(model.config))
