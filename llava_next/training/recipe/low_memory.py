@@ -102,7 +102,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         maps = quantile_maps(weights.device) if block else ()
         how = (state["step"], skip, rate, salt, group["betas"], group["eps"], group["weight_decay"])
         for begin, rows in _pieces(weights.numel() // width, width):
-            parts = [t.view(-1, width)[rows] for t in tensors] + [s.view(-1)[rows] for s in scales]
+            # `data`: no view of anything, whose shape the compiler would make a graph of its own for
+            parts = [t.view(-1, width)[rows].data for t in tensors] + [s.view(-1)[rows].data for s in scales]
             update_on(weights.device)(*parts[:4], tuple(parts[4:]), maps, _offset(parameter) + begin, *how)
 
     def _zeros(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
