@@ -21,7 +21,7 @@ from llava_next.training.recipe.low_memory import block_length
 from llava_next.training.recipe.optim import module_of
 from support.launching import ROOT, launch
 from support.tiny import geometry, pack_tiny, pairing_config, random_samples, stock_loss, tiny_config, tiny_pair
-from support.tracing import find_torchao
+from support.tracing import find_torchao, has_torchao
 
 TOLERANCE = 1e-5
 
@@ -74,7 +74,7 @@ def steps(tmp_path_factory, reference, siglip_qwen2):
         folder, jobs = tmp_path_factory.mktemp("steps"), {}
         for tied, frozen in CASES[ranks_and_model]:
             model = reference if ranks_and_model[1] == "llama" else siglip_qwen2[tied]
-            updates = ["adamw8bit"] if ranks_and_model in UPDATED and not frozen and find_torchao() else []
+            updates = ["adamw8bit"] if ranks_and_model in UPDATED and not frozen and has_torchao() else []
             jobs[tied, frozen] = (model[0], folder / f"{len(jobs)}.safetensors", frozen, "full", *updates)
         run_worker(list(jobs.values()), ranks_and_model[0])
         return {case: load_file(job[1]) for case, job in jobs.items()}
@@ -104,8 +104,8 @@ def test_loss_and_gradients_equal_stock_on_any_number_of_ranks(reference, steps,
 @pytest.mark.parametrize("processes", [1, 2])
 def test_8_bit_updates_of_shards_are_torchao_s_own(reference, steps, processes):
     """Three updates by the same gradient. A moment between two codes may become the other one by its last bit."""
-    if not find_torchao():
-        pytest.skip("torchao is neither installed nor where LLAVA_NEXT_TORCHAO says")
+    find_torchao()
+    pytest.importorskip("torchao", reason="torchao is neither installed nor where LLAVA_NEXT_TORCHAO says")
     from torchao.optim import AdamW8bit
 
     result, coded = steps(processes, "llama"), 0

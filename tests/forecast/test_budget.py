@@ -35,7 +35,7 @@ from llava_next.training.watch.metrics import si
 from support.launching import ROOT, launch
 from support.published import CLIP, LLAMA3, PROFILE, QWEN2, SIGLIP, STAGE_1, VICUNA, full_config
 from support.tiny import geometry, pack_tiny, random_samples
-from support.tracing import find_torchao
+from support.tracing import has_torchao
 
 BF16, FP32 = Compute(2, fused=True), Compute(4, fused=False)
 
@@ -116,7 +116,7 @@ def test_kept_activations_are_those_that_autograd_keeps(llm, tower, rates, polic
 
 # policy, reshard_after_forward, frozen modules, rank of LoRA, optimizer, master
 DEFAULT = ("adamw", "fp32")
-CODED = ("adamw8bit" if find_torchao() else "adamw", "fp32")
+CODED = ("adamw8bit" if has_torchao() else "adamw", "fp32")
 STEPS = [
     ["full", True, [], 0, *CODED],
     [2, False, [], 0, *DEFAULT],

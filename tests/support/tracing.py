@@ -29,11 +29,15 @@ def use_dense_attention(model, patch: pytest.MonkeyPatch) -> None:
     model.set_attn_implementation(attention_names("varlen"))
 
 
-def find_torchao() -> bool:
-    """Lets this process import torchao from the folder that scripts/test.sh made for it; whether it can."""
+def find_torchao() -> None:
+    """Lets this process import torchao from the folder that scripts/test.sh made for it."""
     if folder := os.environ.get("LLAVA_NEXT_TORCHAO"):
         sys.path.append(folder)
-    return find_spec("torchao") is not None
+
+
+def has_torchao() -> bool:
+    """Whether a process that calls `find_torchao` can import it."""
+    return "LLAVA_NEXT_TORCHAO" in os.environ or find_spec("torchao") is not None
 
 
 def micro_batch(seed: int, count: int, images=(0, 1, 2)) -> dict:

@@ -74,7 +74,8 @@ def one_step(
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     rates = Rates(**{name: None if name in frozen else 1e-3 for name in ("llm", "projector", "vision", "newline")})
     freeze(model, rates)
-    find_torchao()
+    if name == "adamw8bit":
+        find_torchao()
     model, optimizer = shard(
         accelerator,
         model,
