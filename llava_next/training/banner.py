@@ -16,7 +16,7 @@ from llava_next.data.plan.profile import PREFIX, Profile
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.tokenise import DATA_TOKENS, data_tokens, listed
 from llava_next.training.devices.hardware import GPUS_PER_NODE, Hardware
-from llava_next.training.forecast.budget import units
+from llava_next.training.forecast.budget import Layout, units
 from llava_next.training.forecast.flops import Checkpointing, flops_model
 from llava_next.training.forecast.picking import MARGIN, Candidate
 from llava_next.training.forecast.speed import ASSUMED_HFU, MICRO_STEP_SECONDS, SUPERVISED_SHARE
@@ -102,11 +102,12 @@ def plan_banner(plan: Plan, parts: Parts, mixture: Mixture, command: tuple[str, 
         *data_lines(config, parts, mixture, dealt),
         *dealing_lines(config, dealt, plan.hardware),
         *memory_lines(plan),
+        *saving_lines(plan),
         *choice_lines(plan),
         *reshard_lines(plan),
         *speed_lines(config),
         *time_lines(plan, mixture, dealt),
-        *size_lines(model),
+        *size_lines(model, config),
         *([f"run        {config.run_dir}"] if config.run_dir else []),
         *command_lines(plan, command, bool(parts.stands_in)),
     ]
@@ -242,6 +243,19 @@ def memory_lines(plan: Plan) -> list[str]:
         lines.append(f"  {sizes}{figures}{timed[2]}  {verdict}".rstrip())
     lines.append("           total counts the larger of logits and work, which come one after the other")
     return lines
+
+
+def saving_lines(plan: Plan) -> list[str]:
+    """What the optimizer's options take off the memory; nothing when both are the default."""
+    picking, layout, picked = plan.picking, plan.layout, plan.picked
+    given = {"optimizer": f"optim.name {layout.optimizer}", "master": f"optim.master {layout.master}"}
+    saved = []
+    for key, said in given.items():
+        without = replace(layout, **{key: getattr(Layout, key)})
+        other = replace(picking, layout=without).estimate(picked.policy, picked.tokens, picked.tiles)
+        if without != layout:
+            saved.append(f"{said} saves {si(other.total - picked.estimate.total, 'B')}")
+    return _wrapped("; ".join(saved)) if saved else []
 
 
 def choice_lines(plan: Plan) -> list[str]:
@@ -387,7 +401,8 @@ def time_lines(plan: Plan, mixture: Mixture, dealt: Dealt) -> list[str]:
     ]
 
 
-def size_lines(model: LlavaNextForConditionalGeneration) -> list[str]:
-    """What a checkpoint and the result weigh: trained weights and two Adam moments in fp32; all weights in bf16."""
-    whole = units(model).whole
-    return [f"disk       {si(12 * whole.trainable, 'B')} a checkpoint, {si(2 * whole.parameters, 'B')} the result"]
+def size_lines(model: LlavaNextForConditionalGeneration, config: RunConfig) -> list[str]:
+    """What a checkpoint and the result weigh: trained weights and Adam's two moments; all weights in bf16."""
+    counts = units(model)
+    checkpoint = sum(counts.trained_bytes(config.optim.name, config.optim.master))
+    return [f"disk       {si(checkpoint, 'B')} a checkpoint, {si(2 * counts.whole.parameters, 'B')} the result"]

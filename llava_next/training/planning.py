@@ -104,11 +104,17 @@ def make_plan(config: RunConfig, parts: Parts, mixture: Mixture, as_if: Hardware
         as_if: a machine to plan for instead of the one at hand, with the launch file that ships for it.
 
     Raises:
-        ValueError: a budget below the largest sample, or a number of layers that the model does not have.
+        ValueError: a budget below the largest sample, or a number of layers that the model does not have; bf16 masters
+            without mixed precision.
     """
     hardware = as_if or present_hardware()
     launched = as_if is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    layout = layout_of(hardware, launched)
+    layout = replace(layout_of(hardware, launched), optimizer=config.optim.name, master=config.optim.master)
+    if layout.master == "bf16" and layout.compute.nbytes == 4:
+        raise ValueError(
+            "optim.master: bf16 goes with mixed_precision: bf16 in the launch file; without it (`no`, and a plan for "
+            "CPUs) all is computed in fp32, whose weights would be rounded: set fp32, or that key"
+        )
     at_home = as_if is None and config.run_dir
     factor = max(MARGIN, measured_factor(Path(config.run_dir), hardware)) if at_home else MARGIN
     picking = Picking(

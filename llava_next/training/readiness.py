@@ -75,8 +75,10 @@ def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume
     """
     model = empty_model(parts)
     freeze(model, config.optim.rates)
-    sizes, options = units(model).whole, config.checkpoint
-    checkpoint, result = 12 * sizes.trainable, 2 * sizes.parameters  # as in `banner.size_lines`
+    counts, options = units(model), config.checkpoint
+    sizes = counts.whole
+    checkpoint = sum(counts.trained_bytes(config.optim.name, config.optim.master))  # as in `banner.size_lines`
+    result = 2 * sizes.parameters
     if config.lora:  # its folder, and the base's weights where they cannot be linked
         linked = _device(Path(config.run_dir)) == _device(Path(config.model)) and not config.lora.copy_base
         result += 4 * sizes.trainable + (0 if linked else 2 * sizes.frozen)

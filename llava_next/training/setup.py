@@ -289,9 +289,12 @@ def build_model(config: RunConfig, accelerator: Accelerator) -> tuple[nn.Module,
     return shard(
         accelerator,
         model,
-        lambda m: build_optimizer(m, optim.rates, tuple(optim.betas), optim.eps, optim.weight_decay),
+        lambda m: build_optimizer(
+            m, optim.rates, tuple(optim.betas), optim.eps, optim.weight_decay, optim.name, config.seed
+        ),
         config.activation_checkpointing,
         config.compiled,
+        optim.master,
     )
 
 

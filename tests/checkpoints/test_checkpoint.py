@@ -17,6 +17,7 @@ from llava_next.training.checkpoints.recovery import complete_checkpoints, read_
 from support.faults import S3Server
 from support.launching import ROOT
 from support.runs import losses
+from support.tracing import find_torchao
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,21 @@ def test_other_world_sizes_continue_the_same_losses(train, tmp_path):
         answer = finished(train(tmp_path / "parts", world=world, steps=steps))
         assert answer["begun"] == steps - 3
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_8_bit_moments_and_bf16_weights_go_on_bit_exactly_and_on_another_number_of_ranks(train, tmp_path):
+    """Two copies of the model on two ranks each: rounding depends neither on the process nor on its copy."""
+    find_torchao()
+    pytest.importorskip("torchao", reason="torchao is neither installed nor where LLAVA_NEXT_TORCHAO says")
+    job = {"low_memory": True, "width": 64}
+    copies = {**job, "world": 4, "replicate": 2}
+    whole = finished(train(tmp_path / "whole", steps=6, **copies))
+    finished(train(tmp_path / "parts", steps=4, **copies))
+    resumed = finished(train(tmp_path / "parts", steps=6, **copies))
+    assert (resumed["begun"], resumed["digest"]) == (3, whole["digest"])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    loaded = finished(train(tmp_path / "parts", steps=6, world=2, **job))
+    assert (loaded["begun"], loaded["digest"]) == (6, whole["digest"])
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(train, tmp_path):

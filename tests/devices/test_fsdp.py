@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 
 import pytest
@@ -17,6 +18,7 @@ from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration,
 from llava_next.training.devices import launch as launch_file
 from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.devices.parallel import apply_checkpointing
+from llava_next.training.recipe.low_memory import block_length
 from llava_next.training.recipe.optim import module_of
 from support.kinds import ON_REQUEST, kind_config
 from support.launching import ROOT, launch
@@ -32,6 +34,7 @@ from support.tiny import (
     tiny_pair,
     with_adapters,
 )
+from support.tracing import find_torchao, has_torchao
 from support.workers.gradients import samples_of
 
 TOLERANCE = 1e-5
@@ -114,6 +117,7 @@ CASES = {
 }
 if len(ON_REQUEST) > 1:
     CASES[1, "qwen2"] += [(name, ()) for name in ON_REQUEST]
+UPDATED = ((1, "llama"), (2, "llama"))  # all that trains is updated as well, with moments in 8 bits
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,8 @@ def steps(tmp_path_factory, reference, siglip_qwen2, other_kinds):
         folder, jobs = tmp_path_factory.mktemp("steps"), {}
         for tied, frozen in CASES[ranks_and_model]:
             model = reference if ranks_and_model[1] == "llama" else model_of(tied)
-            jobs[tied, frozen] = (model[0], folder / f"{len(jobs)}.safetensors", frozen, "full")
+            updates = [None, None, "adamw8bit"] if ranks_and_model in UPDATED and not frozen and has_torchao() else []
+            jobs[tied, frozen] = (model[0], folder / f"{len(jobs)}.safetensors", frozen, "full", *updates)
         run_worker(list(jobs.values()), ranks_and_model[0])
         return {case: load_file(job[1]) for case, job in jobs.items()}
 
@@ -136,7 +141,7 @@ def steps(tmp_path_factory, reference, siglip_qwen2, other_kinds):
 
 
 def run_worker(jobs: list[tuple], processes: int = 2, config: str | None = None) -> None:
-    """Steps of (model folder, file for the result, frozen modules, checkpointing) in one launch."""
+    """Steps of (model folder, file for the result, frozen modules, checkpointing, ...) in one launch."""
     launch("tests/support/workers/gradients.py", json.dumps(jobs, default=str), processes=processes, config=config)
 
 
@@ -152,6 +157,29 @@ def test_loss_and_gradients_equal_stock_on_any_number_of_ranks(reference, steps,
     # between forward and backward 4 layers hold whole weights, all but the vision layer that nobody calls
     assert (result["units"], result["mesh"].tolist()) == (8, [processes])
     assert (result["gathered"], result["checkpointed"]) == (4, 0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_8_bit_updates_of_shards_are_torchao_s_own(reference, steps, processes):
+    """Three updates by the same gradient. A moment between two codes may become the other one by its last bit."""
+    find_torchao()
+    pytest.importorskip("torchao", reason="torchao is neither installed nor where LLAVA_NEXT_TORCHAO says")
+    from torchao.optim import AdamW8bit
+
+    result, coded = steps(processes, "llama"), 0
+    for name, parameter in reference[2].items():
+        if parameter.grad is None:
+            continue
+        expected = torch.nn.Parameter(parameter.detach().clone())
+        expected.grad, length = parameter.grad, block_length(parameter.shape)
+        optimizer = AdamW8bit([expected], lr=1e-3, weight_decay=0.0, block_size=length or math.inf)
+        for _ in range(3):
+            with torch.compiler.set_stance("force_eager"):
+                optimizer.step()
+        error = (result[f"updated/{name}"] - expected).abs()
+        assert (error > TOLERANCE).float().mean() < 1e-3 and error.max() < 1e-4, name
+        coded += length is not None
+    assert coded == 9
 
 
 @pytest.mark.parametrize(
@@ -194,9 +222,10 @@ def assert_equal_to_stock(result: dict[str, torch.Tensor], reference, frozen: tu
 def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_path):
     """bf16 on two CPU ranks: what trains and its gradients are fp32, what is frozen stays bf16; both near fp32's."""
     folder, loss, parameters = reference
-    gpus, out = ROOT / "accelerate_configs/h100x8_fsdp.yaml", tmp_path / "out.safetensors"
-    run_worker([(folder, out, ("vision",), "full")], config=str(gpus))
-    result = load_file(out)
+    gpus, outs = ROOT / "accelerate_configs/h100x8_fsdp.yaml", [tmp_path / name for name in ("fp32", "bf16")]
+    run_worker([(folder, out, ("vision",), "full", "adamw", out.name) for out in outs], config=str(gpus))
+    result, in_bf16 = map(load_file, outs)
+    assert_near_in_bf16(result, in_bf16)
     assert result["loss"].dtype == torch.float32 and result["loss"].item() == pytest.approx(loss.item(), rel=2e-3)
     dtypes = {name: torch.bfloat16 if module_of(name) == "vision" else torch.float32 for name in parameters}
     unused = unused_parameters(LlavaNextForConditionalGeneration.from_pretrained(folder))
@@ -209,6 +238,19 @@ def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_
         exact = parameters[name].grad
         assert torch.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0) > 0.999, name
         assert gradient.norm() / exact.norm() == pytest.approx(1, abs=0.01), name
+
+
+def assert_near_in_bf16(result: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> None:
+    """bf16 masters beside fp32 ones: the same forward, gradients rounded but fp32, weights three roundings away."""
+    assert torch.equal(ours["loss"], result["loss"])
+    assert {ours[name].dtype for name in result if name.startswith(("weight/", "updated/"))} == {torch.bfloat16}
+    for name in [name.removeprefix("grad/") for name in result if name.startswith("grad/")]:
+        ours_grad, gradient = ours[f"grad/{name}"], result[f"grad/{name}"]
+        assert ours_grad.dtype == torch.float32
+        assert (ours_grad - gradient).abs().max() <= 2**-7 * gradient.abs().max(), name
+        weights, exact = ours[f"updated/{name}"].float(), result[f"updated/{name}"]
+        # and where a gradient is rounding alone, Adam's three updates of 1e-3 may go the other way
+        assert ((weights - exact).abs() <= 3 * 2**-7 * exact.abs() + 6e-3).all(), name
 
 
 def test_weights_broadcast_from_rank_0_arrive_bit_equal(reference, steps):

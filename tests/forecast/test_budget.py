@@ -36,6 +36,7 @@ from support.kinds import DISTINCT, kind_config
 from support.launching import ROOT, launch
 from support.published import CLIP, LLAMA3, PROFILE, QWEN2, SIGLIP, STAGE_1, VICUNA, full_config
 from support.tiny import geometry, pack_tiny, random_samples
+from support.tracing import has_torchao
 
 BF16, FP32 = Compute(2, fused=True), Compute(4, fused=False)
 
@@ -126,10 +127,16 @@ def kept_activations(config, rates: Rates, policy: str) -> tuple[float, int]:
     return ours, bytes_kept(model, batch)
 
 
-# policy, reshard_after_forward, frozen modules, rank of LoRA, in 4 bits
-STEPS = [["full", True, [], 0, False], [2, False, [], 0, False], ["selective", True, ["llm", "vision"], 0, False]]
-STEPS += [["none", True, ["vision"], 16, False], ["selective", True, ["vision"], 16, True]]
-STEPS += [["none", True, [], 0, False]]
+# policy, reshard_after_forward, frozen modules, rank of LoRA, in 4 bits, optimizer, master
+DEFAULT = (False, "adamw", "fp32")
+CODED = (False, "adamw8bit" if has_torchao() else "adamw", "fp32")
+STEPS = [
+    ["full", True, [], 0, *CODED],
+    [2, False, [], 0, *DEFAULT],
+    ["selective", True, ["llm", "vision"], 0, *DEFAULT],
+]
+STEPS += [["none", True, ["vision"], 16, *DEFAULT], ["selective", True, ["vision"], 16, True, "adamw", "fp32"]]
+STEPS += [["none", True, [], 0, *DEFAULT]]
 
 
 @pytest.mark.parametrize(("processes", "steps"), [(1, STEPS), (2, STEPS[-1:])])
@@ -146,7 +153,8 @@ def test_peak_of_a_training_step_is_within_a_tenth_of_the_estimate(tmp_path, pro
 def test_peak_on_a_gpu_is_within_a_tenth_of_the_estimate(tmp_path):
     """bf16 and varlen attention on one GPU; CUDA's own memory is not the allocator's."""
     config = str(ROOT / "accelerate_configs" / "gpu1.yaml")
-    compare_peaks(tmp_path, STEPS, 1, Layout(1, BF16, on_gpu=False), config)
+    steps = [*STEPS, ["full", True, [], 0, "adamw", "bf16"]]
+    compare_peaks(tmp_path, steps, 1, Layout(1, BF16, on_gpu=False), config)
 
 
 def compare_peaks(tmp_path, steps, processes: int, layout: Layout, launch_file: str | None = None):
@@ -155,14 +163,14 @@ def compare_peaks(tmp_path, steps, processes: int, layout: Layout, launch_file: 
     arguments = (tmp_path / "model", tmp_path / "peaks.json", json.dumps(steps))
     launch("tests/support/workers/memory.py", *arguments, processes=processes, config=launch_file)
     dtype = torch.float32 if layout.compute.nbytes == 4 else torch.bfloat16
-    for (policy, reshard, frozen, rank, nf4), found in zip(
+    for (policy, reshard, frozen, rank, nf4, name, master), found in zip(
         steps, json.loads((tmp_path / "peaks.json").read_text()), strict=True
     ):
         rates = AdaptedRates(**dict.fromkeys(frozen), lora=Lora(r=rank) if rank else None, quantize="nf4" * nf4 or None)
         sizes = found["tokens"], found["tiles"], found["targets"]
-        how = Layout(layout.shard, layout.compute, reshard, on_gpu=False)
+        how = Layout(layout.shard, layout.compute, reshard, on_gpu=False, optimizer=name, master=master)
         expected = estimate(config, counts_of(config, rates, dtype), rates, policy, how, *sizes).total
-        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen, rank, nf4)
+        assert expected == pytest.approx(found["peak"], rel=0.1), (policy, reshard, frozen, rank, nf4, name, master)
 
 
 def test_tied_embedding_is_one_unit_with_the_head():
@@ -212,6 +220,29 @@ def test_lora_has_states_of_adapters_only_and_no_weight_gradients_of_what_they_a
     matrices = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     assert less / matrices == pytest.approx(2 - (4 + 1 / 8 + 1 / 512) / 8, abs=1e-3)
     assert flops_model(config, in_4_bits) == flops_model(config, rates)  # what is made whole again is no product
+
+
+@pytest.mark.parametrize(("llm", "tower"), [(VICUNA, CLIP), (QWEN2, SIGLIP)])
+def test_8_bit_moments_take_two_bytes_a_trained_parameter_and_bf16_masters_two(llm, tower):
+    counts = counts_of(full_config(llm, tower), Rates())
+    trained = counts.whole.trainable
+    assert counts.trained_bytes() == (4 * trained, 8 * trained)
+    masters, moments = counts.trained_bytes("adamw8bit", "bf16")
+    assert masters == 2 * trained and moments / trained == pytest.approx(2 + 2 * 4 / 256, rel=0.002)
+
+
+def test_full_training_of_7b_with_less_memory_fits_one_gpu_of_80_gb(dry_run):
+    out = dry_run("--as_if", "1xh100-80g", "--optim.name", "adamw8bit", "--optim.master", "bf16")
+    row = next(line for line in out.splitlines() if line.endswith("picked"))
+    assert float(row.split()[-3]) * 1.05 < 84.9  # GB, with the margin
+    parts = dict(part.split() for part in out.split("GB at the peak: ")[1].split(";")[0].split(", "))
+    assert sum(float(parts[name]) for name in ("weights", "gradients", "Adam")) == pytest.approx(56.7, rel=0.005)
+    assert "optim.name adamw8bit saves 44.2 GB; optim.master bf16 saves 14.8 GB" in out
+
+
+def test_bf16_masters_are_for_bf16_compute(dry_run):
+    with pytest.raises(ValueError, match=r"^optim.master: bf16 goes with mixed_precision: bf16 in the launch file"):
+        dry_run("--optim.master", "bf16")
 
 
 def test_more_work_or_less_sharding_never_takes_less_memory():

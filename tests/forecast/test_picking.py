@@ -148,7 +148,9 @@ def test_where_states_alone_are_too_large_only_what_fits_is_named(picking_for, c
     adapters = AdaptedRates(llm=2e-4, vision=None, lora=Lora())
     lora = least(adapters, picking.layout, counts_under(adapters))
     assert lora < 0.25 * picked.need / 1e9
+    coded = least(Rates(), replace(picking.layout, optimizer="adamw8bit"))
     assert ways_to_fit(picking, counts_under) == [
+        f"--optim.name adamw8bit ({coded:.1f} GB)",
         f"2 such GPUs ({two:.1f} GB each)",
         f"--lora.r 128 --optim.rates.llm 2e-4 --optim.rates.vision null ({lora:.1f} GB)",
         f"--optim.rates.llm null ({llm:.1f} GB)",
@@ -159,6 +161,9 @@ def test_where_states_alone_are_too_large_only_what_fits_is_named(picking_for, c
     said = f"--lora.r 128 --optim.rates.llm 2e-4 --optim.rates.vision null --quantize nf4 ({nf4:.1f} GB)"
     assert by_adapters(small, counts_under) == [said]
     assert by_adapters(replace(small, rates=in_4_bits), counts_under) == []
+    both = least(Rates(), replace(picking.layout, shard=2, optimizer="adamw8bit", master="bf16"))
+    found = ways_to_fit(picking_for("2xa100-40g"), counts_under)
+    assert found[0] == f"--optim.name adamw8bit --optim.master bf16 ({both:.1f} GB)"
     given = picking_for("8xh100-80g", wanted=Wanted("none", tokens=16384))
     assert not given.choose().picked.fits
     auto = picking_for("8xh100-80g").choose().picked

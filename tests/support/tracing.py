@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ def find_torchao() -> None:
     """Lets this process import torchao from the folder that scripts/test.sh made for it."""
     if folder := os.environ.get("LLAVA_NEXT_TORCHAO"):
         sys.path.append(folder)
+
+
+def has_torchao() -> bool:
+    """Whether a process that calls `find_torchao` can import it."""
+    return "LLAVA_NEXT_TORCHAO" in os.environ or find_spec("torchao") is not None
 
 
 def micro_batch(seed: int, count: int, images=(0, 1, 2)) -> dict:

@@ -82,6 +82,7 @@ def check_same_run(config: RunConfig, state: dict, path: Path) -> list[str]:
             "another run_dir"
         )
     check_same_adapters(config, state, path)
+    check_same_optimizer(config, state, path)
     before = options_of(state["config"]) | {"launch file's mixed_precision": state["precision"]}
     now = options_of(facts["config"]) | {"launch file's mixed_precision": facts["precision"]}
     notes = [
@@ -103,6 +104,18 @@ def check_same_adapters(config: RunConfig, state: dict, path: Path) -> None:
             f"lora: {path} was made with adapters: {words[0]}; this run has: {words[1]}. Give them as they were, or "
             "another run_dir (--lora.start takes an adapter there)"
         )
+
+
+def check_same_optimizer(config: RunConfig, state: dict, path: Path) -> None:
+    """Refuses a checkpoint whose parameters or moments are stored otherwise. Raises ValueError."""
+    before = state["config"].get("optim", {})
+    for key, default in (("name", "adamw"), ("master", "fp32")):
+        theirs, ours = before.get(key, default), getattr(config.optim, key)
+        if theirs != ours:
+            raise ValueError(
+                f"optim.{key}: {path} was made with {theirs}, this run has {ours}: what it stores does not fit, or "
+                f"not without loss. Give --optim.{key} {theirs}, or another run_dir"
+            )
 
 
 def facts_of_adapters(config: dict) -> dict:

@@ -11,8 +11,8 @@ import multiprocessing.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NoReturn
 
@@ -44,6 +44,8 @@ KEPT = {
     *("aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward"),
     *("torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"),
 }
+
+MASTERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 RECOMPILE_LIMIT = 32  # see `compile_layers`
 
@@ -97,7 +99,12 @@ def _replicate_and_shard(accelerator: Accelerator, replicate: int, shard_size: i
 
 
 def shard(
-    accelerator: Accelerator, model: nn.Module, optimizer_of, checkpointing: str | int = "full", compiled: bool = False
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer_of,
+    checkpointing: str | int = "full",
+    compiled: bool = False,
+    master: str = "fp32",
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Shards the model by FSDP2 and builds its optimizer.
 
@@ -107,6 +114,7 @@ def shard(
         optimizer_of: called with the model, returns its optimizer (before sharding, as Accelerate wants it).
         checkpointing: how `fsdp_activation_checkpointing: true` is carried out, see `apply_checkpointing`.
         compiled: see `compile_layers`.
+        master: what trained parameters are under mixed precision, `fp32` or `bf16`. Gradients are fp32 either way.
 
     Returns:
         The sharded model and the optimizer over its shards.
@@ -117,7 +125,7 @@ def shard(
     if accelerator.mixed_precision != "no":
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(MASTERS[master])
     if any(p.is_meta for p in model.parameters()):
         # Accelerate maps parameters to their shards by address, and all meta tensors share one. Memory that is never
         # written costs an address and no RAM; rank 0's values arrive in `prepare`.
@@ -133,7 +141,42 @@ def shard(
         plugin.activation_checkpointing = False  # done; Accelerate would wrap the wrapped
     if compiled:
         compile_layers(model)
-    return accelerator.prepare(model, optimizer)
+    if master == "fp32":
+        return accelerator.prepare(model, optimizer)
+    with _parameters_as_they_are():
+        model, optimizer = accelerator.prepare(model, optimizer)
+    sum_gradients_in_fp32(model)
+    return model, optimizer
+
+
+@contextmanager
+def _parameters_as_they_are() -> Iterator[None]:
+    # `prepare` makes every trainable parameter fp32 unless it is told that there is no mixed precision; FSDP2's own
+    # policy, which says what is computed in, is the plugin's.
+    state = AcceleratorState._shared_state
+    before, state["_mixed_precision"] = state["_mixed_precision"], "no"
+    try:
+        yield
+    finally:
+        state["_mixed_precision"] = before
+
+
+def sum_gradients_in_fp32(model: nn.Module) -> None:
+    """Keeps the gradients of a sharded model's bf16 parameters in fp32.
+
+    FSDP2 reduces in fp32 and rounds to the parameter's type: no more than what backward computed in bf16 has lost
+    already. It adds later micro-batches to the gradient that is there, whose type it leaves: so they sum up in fp32,
+    and budgets and micro-batches change a result as little as under fp32 masters.
+    """
+
+    def widen(parameter: nn.Parameter) -> None:
+        if parameter.grad.dtype != torch.float32:
+            parameter.grad = parameter.grad.float()
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad_dtype = None  # of any type
+            parameter.register_post_accumulate_grad_hook(widen)
 
 
 def apply_checkpointing(model: nn.Module, policy: str | int = "full", offload: bool = False) -> None:

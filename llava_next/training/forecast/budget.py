@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.forecast.activations import Compute, activations
 from llava_next.training.forecast.flops import Checkpointing, adapted_matrices
+from llava_next.training.recipe.low_memory import block_length
 from llava_next.training.recipe.optim import Rates
 
 # cheapest recomputation first
@@ -43,6 +44,9 @@ class Units:
     """How Accelerate cuts the model: a unit a layer; the input embedding; final norm and head; the rest, as root.
 
     Head and root keep their gathered weights until they were used in backward, whatever `reshard` says.
+
+    Args:
+        coded: trained parameters whose moments can be in 8 bits; scales: of one such moment.
     """
 
     llm_layer: Unit
@@ -51,6 +55,19 @@ class Units:
     head: Unit
     root: Unit
     whole: Unit
+    coded: int = 0
+    scales: int = 0
+
+    def trained_bytes(self, optimizer: str = "adamw", master: str = "fp32") -> tuple[int, int]:
+        """Bytes of trained parameters and of their moments, over all ranks; what a checkpoint holds.
+
+        Args:
+            optimizer, master: `OptimConfig.name` and `OptimConfig.master`.
+        """
+        moments = 8 * self.whole.trainable
+        if optimizer == "adamw8bit":
+            moments += (2 - 8) * self.coded + 8 * self.scales
+        return (2 if master == "bf16" else 4) * self.whole.trainable, moments
 
 
 def units(model: nn.Module) -> Units:
@@ -70,10 +87,13 @@ def units(model: nn.Module) -> Units:
     embedding, head = model.get_input_embeddings(), (model.model.language_model.norm, model.lm_head)
     tied = embedding.weight is model.lm_head.weight
     whole = unit(model)
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
+    coded = [(p.numel(), block) for p in trained if (block := block_length(p.shape))]
     apart = [*map(unit, (*vision_layers, *llm_layers)), unit(*head), *([] if tied else [unit(embedding)])]
     root = Unit(*(getattr(whole, n) - sum(getattr(u, n) for u in apart) for n in ("trainable", "frozen")))
     return Units(
-        unit(llm_layers[0]), unit(vision_layers[0]), Unit(0, 0) if tied else unit(embedding), unit(*head), root, whole
+        *(unit(llm_layers[0]), unit(vision_layers[0]), Unit(0, 0) if tied else unit(embedding), unit(*head)),
+        *(root, whole, sum(n for n, _ in coded), sum(n // block for n, block in coded)),
     )
 
 
@@ -88,6 +108,7 @@ class Layout:
         on_gpu: counts CUDA's and NCCL's own memory.
         offload: weights, gradients and optimizer state wait in host memory.
         replicate: copies of the model (HSDP: one a node).
+        optimizer, master: `OptimConfig.name` and `OptimConfig.master`.
     """
 
     shard: int
@@ -96,6 +117,8 @@ class Layout:
     on_gpu: bool = True
     offload: bool = False
     replicate: int = 1
+    optimizer: str = "adamw"
+    master: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,8 @@ class Estimate:
     """Bytes of one rank at the peak of a training step, by part.
 
     Args:
-        weights: sharded: fp32 where trained, frozen ones as loaded; gradients, optimizer: sharded, fp32.
+        weights: sharded: the master's type where trained, frozen ones as loaded; gradients: sharded, fp32; optimizer:
+            sharded, its moments.
         gathered: weights in full: head and root, the layer at work and the next one, or all when nothing is freed.
         activations: kept from forward to backward.
         working: what the busiest moment of the backward needs besides: a layer's recomputed activations and gradients,
@@ -150,8 +174,10 @@ def estimate(
     b, shard = layout.compute.nbytes, layout.shard
     active = activations(config, rates, policy, tokens, tiles, tokens if targets is None else targets, layout.compute)
     whole, layer, head = counts.whole, counts.llm_layer, counts.head
-    weights = 0.0 if layout.offload else (4 * whole.trainable + b * whole.frozen) / shard
-    gradients = 0.0 if layout.offload else 4 * whole.trainable / shard
+    masters, moments = counts.trained_bytes(layout.optimizer, layout.master)
+    on_device = 0 if layout.offload else 1 / shard
+    weights, gradients = on_device * (masters + b * whole.frozen), on_device * 4 * whole.trainable
+    optimizer = on_device * moments
     if layout.reshard:
         # the layer at work, and the next one on its way from the other ranks
         gathered = b * (head.parameters + counts.root.parameters + (1 + (shard > 1)) * layer.parameters)
@@ -167,13 +193,13 @@ def estimate(
     llm_work = active.llm_layer + reducing + b * layer.trainable + whole_matrix
     vision_work = active.vision_layer - active.llm_kept + 4 * counts.embedding.trainable
     workspace = CONTEXT_BYTES + (NCCL_BYTES if shard > 1 else 0) if layout.on_gpu else 0.0
-    states = weights + gradients + 2 * gradients + gathered
+    states = weights + gradients + optimizer + gathered
     if layout.on_gpu:
         workspace += FRAGMENTS * (states + active.kept)
     return Estimate(
         weights=weights,
         gradients=gradients,
-        optimizer=2 * gradients,
+        optimizer=optimizer,
         gathered=gathered,
         activations=active.kept,
         logits=logits,

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from llava_next.model.forward.lora import Lora
 from llava_next.training.devices.hardware import GPUS_PER_NODE
-from llava_next.training.forecast.budget import Units
+from llava_next.training.forecast.budget import Layout, Units
 from llava_next.training.forecast.picking import Picking, Wanted
 from llava_next.training.recipe.optim import AdaptedRates, Rates
 
@@ -28,7 +28,7 @@ def ways_to_fit(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[s
     found = free.choose().picked
     if found.fits:
         return [f"{found.options} ({_gb(found.need)})"]
-    ways = []
+    ways = _ways_by_optimizer(picking)
     for ranks in (n for n in (2, 4, GPUS_PER_NODE) if n > picking.layout.shard):
         if (need := least(replace(picking, layout=replace(picking.layout, shard=ranks)))) <= memory:
             ways.append(f"{ranks} such GPUs ({_gb(need)} each)")
@@ -62,6 +62,19 @@ def by_adapters(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[s
                 words = [*options, *(["--quantize nf4"] if quantize else [])]
                 return [f"{' '.join(words)} ({_gb(need)})"]
     return []
+
+
+def _ways_by_optimizer(picking: Picking) -> list[str]:
+    """The one of the optimizer's options that would fit, or both where it takes both."""
+    found, layout = [], picking.layout
+    options = {"optimizer": ("adamw8bit", "--optim.name adamw8bit"), "master": ("bf16", "--optim.master bf16")}
+    possible = ["optimizer", "master"] if layout.compute.nbytes == 2 else ["optimizer"]
+    open_ones = [key for key in possible if getattr(layout, key) == getattr(Layout, key)]
+    for keys in (*([key] for key in open_ones), *([open_ones] if len(open_ones) > 1 else ())):
+        need = least(replace(picking, layout=replace(layout, **{key: options[key][0] for key in keys})))
+        if need <= picking.hardware.memory and (len(keys) == 1 or not found):
+            found.append(f"{' '.join(options[key][1] for key in keys)} ({_gb(need)})")
+    return found
 
 
 def least(picking: Picking) -> float:

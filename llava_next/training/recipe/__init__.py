@@ -2,6 +2,7 @@
 
 config.py: typed options, from YAML and the command line
 optim.py: modules, rates, optimizer and schedule
+low_memory.py: AdamW with 8-bit moments, and for bf16 parameters
 
 May import: the root's files, model.forward, training.devices.
 """

@@ -22,6 +22,7 @@ from llava_next.model.forward.nf4 import check_nf4
 from llava_next.paths import local_path
 from llava_next.training.devices.float8 import check_float8
 from llava_next.training.devices.hardware import Hardware, parse_hardware
+from llava_next.training.recipe.low_memory import check_torchao
 from llava_next.training.recipe.optim import AdaptedRates, Rates
 
 
@@ -105,6 +106,10 @@ class OptimConfig:
 
     Args:
         rates: peak learning rate per module.
+        name: `adamw`; `adamw8bit` keeps its moments in 8 bits with a scale for every 256, by torchao: 2 bytes a trained
+            parameter, not 8 (extra `adamw8bit`).
+        master: what trained parameters are kept in: `fp32`, or `bf16`, rounded at random so that small updates count: 2
+            bytes a parameter, not 4. Needs mixed_precision bf16 in the launch file; gradients stay fp32.
         betas, eps, weight_decay: of AdamW.
         warmup_ratio: share of the steps with linear warm-up.
         max_grad_norm: clipping; null switches it off (the original DeepSpeed runs had none).
@@ -114,6 +119,8 @@ class OptimConfig:
     """
 
     rates: Rates = field(default_factory=Rates)
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    master: Literal["fp32", "bf16"] = "fp32"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -388,6 +395,8 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
         "fused_layers",
         f"its kernels do not pay beside {elsewhere}, which has its own; set it to auto or false",
     )
+    if optim.name == "adamw8bit" and not dry_run:  # a plan does without it
+        check_torchao()
     if config.lora:
         check_lora(config.lora)
         check_adapted(config)

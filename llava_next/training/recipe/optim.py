@@ -11,6 +11,7 @@ from torch import nn
 
 from llava_next.model.forward.lora import Lora, is_adapter
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, unused_parameters
+from llava_next.training.recipe.low_memory import LowMemoryAdamW
 
 # parameter-name prefix of each module that has a learning rate of its own
 MODULES = {
@@ -91,12 +92,21 @@ def trainable_table(model: nn.Module, rates: Rates) -> list[tuple[str, int, int,
 
 
 def build_optimizer(
-    model: nn.Module, rates: Rates, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
+    model: nn.Module,
+    rates: Rates,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    name: str = "adamw",
+    seed: int = 0,
+) -> torch.optim.AdamW | LowMemoryAdamW:
     """AdamW with one group per trainable module; call it before `accelerator.prepare`, together with the model.
 
     Each group has `name` and `initial_lr`. Weight decay spares biases, norms and the newline embedding, in a group of
     their own; with the published decay of 0 there is one group a module.
+
+    Args:
+        name: `adamw`, or `adamw8bit` for moments in 8 bits. Parameters in bf16 are rounded by random bits of the seed.
     """
     groups = []
     for module in MODULES:
@@ -109,6 +119,8 @@ def build_optimizer(
                 groups.append(
                     {"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay, "name": module + suffix}
                 )
+    if name == "adamw8bit" or any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+        return LowMemoryAdamW(groups, betas, eps, name == "adamw8bit", seed)
     # The fused kernel is the one that can skip an update by a flag on the device, see `health.NonFinite`.
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 

@@ -4,7 +4,8 @@ Reads one JSON job a line from standard input and answers each with one JSON lin
 job forks `world` processes that train from the newest checkpoint to `steps`; with `kill_after` they are killed so many
 seconds after their first step. Keys of a job: world, folder, steps, every, and optionally kill_after, `OPTIONS` of
 CheckpointConfig, width (of the layers), pause (seconds a step), fault (see `apply_fault`), environment (variables),
-export (`full`: the end writes a model to a full disk).
+export (`full`: the end writes a model to a full disk), low_memory (moments in 8 bits, and bf16 parameters), replicate
+(copies of the model).
 """
 
 import hashlib
@@ -21,7 +22,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from llava_next.model.folders import export
 from llava_next.training.checkpoints import recovery
@@ -31,31 +33,42 @@ from llava_next.training.checkpoints.same_run import run_facts
 from llava_next.training.checkpoints.saving import Checkpoints
 from llava_next.training.checkpoints.sharded import Layout
 from llava_next.training.checkpoints.verifying import verified
+from llava_next.training.devices.parallel import sum_gradients_in_fp32
 from llava_next.training.recipe.config import CheckpointConfig, RunConfig
+from llava_next.training.recipe.low_memory import LowMemoryAdamW, quantile_maps
 from llava_next.training.watch.metrics import JsonLines
+from support.tracing import find_torchao
 
 BATCH = 8
 WRITE = Layout.write
 OPTIONS = ("keep_last", "keep_every", "asynchronous", "dir", "resume")
 
 
-def build(width: int, world: int):
+def build(width: int, world: int, low_memory: bool = False, replicate: int = 1):
     """The model, its last layer frozen and sharded over all ranks, and its optimizer; the same on every start."""
     torch.manual_seed(0)
     # 5 rows: nothing on some of 4 ranks
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5), nn.Tanh(), nn.Linear(5, 1))
     model[4].requires_grad_(False)
-    mesh = init_device_mesh("cpu", (world,))
+    sizes = (replicate, world // replicate) if replicate > 1 else (world,)
+    how = {"mesh": init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])}
+    if low_memory:
+        model.bfloat16()
+        how["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in (model[0], model[2]):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    if low_memory:
+        sum_gradients_in_fp32(model)
+        group = {"params": [p for p in model.parameters() if p.requires_grad], "name": "llm", "lr": 1e-2}
+        return model, LowMemoryAdamW([group | {"weight_decay": 0.0}], (0.9, 0.999), 1e-8, eight_bit=True, seed=0)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
 def loss_of(model: nn.Module, step: int, rank: int, world: int, width: int) -> torch.Tensor:
     """Of this rank's share of the step's samples; the mean over ranks is the loss of the step."""
     batch = torch.randn(BATCH, width, generator=torch.Generator().manual_seed(step))
-    mine = batch[rank::world]
+    mine = batch[rank::world].to(model[4].weight.dtype)
     return (model(mine).squeeze(1) - mine.mean(dim=1)).square().sum() / BATCH * world
 
 
@@ -95,7 +108,7 @@ def train(job: dict, rank: int) -> dict:
     said = []
     resume = verified(config, find_resume(config), lambda state: [], said.append)
     resume.prepare(run_dir)
-    model, optimizer = build(width, world)
+    model, optimizer = build(width, world, job.get("low_memory", False), job.get("replicate", 1))
     begun = resume.state["step"]
     checkpoints = Checkpoints(resume.folder, model, optimizer, options, run_facts(config), resume.mirror, said.append)
     if resume.path:
@@ -122,8 +135,9 @@ def train(job: dict, rank: int) -> dict:
         export.save_file = full_disk
         export.write_config = export.file_key = lambda *arguments: "any"
         export_model(model, run_dir / "model", folder / "base", checkpoints.folder)
-    weights = [p.detach().full_tensor().numpy().tobytes() for p in model.parameters()]
-    digest = hashlib.sha256(b"".join(weights)).hexdigest()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, DTensor)]
+    whole = [t.detach().full_tensor().reshape(-1) for t in (*model.parameters(), *tensors)]
+    digest = hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in whole)).hexdigest()
     return {"digest": digest, "begun": begun, "waited": waited, "random": random_before, "said": said}
 
 
@@ -145,6 +159,9 @@ def child(job: dict, rank: int, store: str) -> None:
 def run(job: dict, number: int) -> dict:
     """Forks the ranks, kills them if the job says so, and collects their answers."""
     folder = Path(job["folder"])
+    if job.get("low_memory"):  # torchao is imported once, here
+        find_torchao()
+        quantile_maps(torch.device("cpu"))
     (folder / "base").mkdir(parents=True, exist_ok=True)
     (folder / "base/config.json").write_text("{}")
     store = folder.parent / f"store-{os.getpid()}-{number}"

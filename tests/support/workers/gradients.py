@@ -1,7 +1,8 @@
 """Run under `accelerate launch`: loss and all gradients of one step, dealt unevenly to the ranks.
 
 Usage: gradients.py JOBS, a JSON list of [MODEL_FOLDER, OUT_FILE, FROZEN_MODULES, CHECKPOINTING], and
-where adapters train [..., LORA (an object), QUANTIZE].
+where adapters train [..., LORA (an object), QUANTIZE]. With [..., OPTIMIZER, MASTER] after these (or null twice) the
+weights after three updates by these gradients are in the result as well.
 The result also says what FSDP made of the launch file: units, layers that hold whole weights after a forward,
 checkpointed layers, and in how many pieces a weight lies.
 Rank 0 gets a text-only sample and an empty micro-batch; the images are on the others (with one rank: all on it).
@@ -24,6 +25,7 @@ from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import build_accelerator, finish, shard
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
 from support.tiny import geometry, pack_tiny, random_samples, with_adapters
+from support.tracing import find_torchao
 
 
 def samples_of(anyres):
@@ -78,6 +80,8 @@ def one_step(
     checkpointing: str | int,
     lora: dict | None = None,
     quantize: str | None = None,
+    update_by: str = "",
+    master: str = "fp32",
 ) -> None:
     dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype)
@@ -86,7 +90,15 @@ def one_step(
         model = with_adapters(model, Lora(**lora), quantize)
     else:
         freeze(model, rates)
-    model, _ = shard(accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), checkpointing)
+    if update_by == "adamw8bit":
+        find_torchao()
+    model, optimizer = shard(
+        accelerator,
+        model,
+        lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0, update_by or "adamw"),
+        checkpointing,
+        master=master,
+    )
     micros = micro_batches(accelerator.process_index, accelerator.num_processes, geometry(model.config))
     counts = agree_on_step(micros, 6, stop=False)
     weights = slot_weights(counts.supervised, "token")
@@ -102,10 +114,14 @@ def one_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
     result |= {"loss": total, "grad_norm": norm.full_tensor(), "mesh": torch.tensor(norm.device_mesh.shape)}
     for name, tensor in full_tensors(model):
-        result[f"weight/{name}"] = tensor.contiguous()
+        result[f"weight/{name}"] = tensor.contiguous().clone()  # updates come
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             result[f"grad/{name}"] = parameter.grad.full_tensor()
+    if update_by:
+        for _ in range(3):
+            optimizer.step()
+        result |= {f"updated/{name}": tensor.clone() for name, tensor in full_tensors(model)}
     if accelerator.is_main_process:
         save_file(result, out)
 

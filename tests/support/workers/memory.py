@@ -1,7 +1,7 @@
 """Run under `accelerate launch`: peak memory of a second training step, as the CPU allocator counts it.
 
 Usage: memory.py MODEL_FOLDER OUT_FILE CASES, where cases is a JSON list of [policy, reshard, [frozen module, ...],
-rank of LoRA or 0, and whether it is in 4 bits].
+rank of LoRA or 0, whether it is in 4 bits, optimizer, master].
 Everything a run holds is allocated under the profiler: the sharded model, the optimizer's state, a step of an empty
 micro-batch, and one of an empty and a full one. Writes a list of peak bytes, and tokens, tiles and targets of rank 0's
 full micro-batch.
@@ -20,8 +20,10 @@ from llava_next.model.forward.attention import attention_names
 from llava_next.model.forward.lora import Lora, add_adapters, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.parallel import build_accelerator, finish, shard
+from llava_next.training.recipe.low_memory import quantile_maps
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
 from support.tiny import geometry, pack_tiny, random_samples
+from support.tracing import find_torchao
 
 
 def batch_of(config, rank: int):
@@ -52,9 +54,22 @@ def peak_bytes(profiler) -> int:
     return peak
 
 
-def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[str], rank: int, nf4: bool) -> dict:
+def measure(
+    accelerator,
+    folder: str,
+    policy: str,
+    reshard: bool,
+    frozen: list[str],
+    rank: int,
+    nf4: bool,
+    name: str,
+    master: str,
+) -> dict:
     """Two steps of a fresh model under the eyes of the allocator."""
     plugin, on_gpu = accelerator.state.fsdp_plugin, accelerator.device.type == "cuda"
+    if name == "adamw8bit":  # what torchao's import takes is no part of it
+        find_torchao()
+        quantile_maps(accelerator.device)
     plugin.activation_checkpointing, plugin.reshard_after_forward = policy != "none", reshard
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -72,7 +87,12 @@ def measure(accelerator, folder: str, policy: str, reshard: bool, frozen: list[s
             add_adapters(model, Lora(r=rank), seed=0)
         freeze(model, rates)
         model, optimizer = shard(
-            accelerator, model, lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0), policy
+            accelerator,
+            model,
+            lambda m: build_optimizer(m, rates, (0.9, 0.999), 1e-8, 0.0, name),
+            policy,
+            False,
+            master,
         )
         batch = batch_of(model.config, accelerator.process_index)
         short = pack_tiny([], geometry(model.config))
