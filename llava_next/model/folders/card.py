@@ -39,8 +39,8 @@ class Story:
 
     Args:
         parts: what it was made of: `role`, `name`, `on_hub` (the name is a repository), and `LICENCE` as it states it.
-        stages: trainings, oldest first: `title`; `data`: rows of `name`, `samples`, `weight`, `index` (`Index.hash`); `recipe` and
-            `versions`: label -> text; `loss`: as `thinned` gives; `steps`.
+        stages: trainings, oldest first: `title`; `data`: rows of `name`, `samples`, `weight`, `index` (`Index.hash`);
+            `recipe` and `versions`: label -> text; `loss`: as `thinned` gives; `steps`.
         datasets: hub names of what was trained on, as far as known.
         scores: name -> `value`, and `metric`, `samples`, `noise`, `published` where they are known.
     """
