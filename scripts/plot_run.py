@@ -21,8 +21,9 @@ from jsonargparse import ArgumentParser
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from llava_next.model.folders.card import points_of
 from llava_next.paths import drawing_path, local_path
-from reproducing.ledger import label, ledger_table, points_of, read_ledger
+from reproducing.ledger import label, ledger_table, read_ledger
 
 # Okabe and Ito's palette without yellow and black: distinct also for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

@@ -6,7 +6,6 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
-from llava_next.model.folders.card import points_of, table, thinned
 from reproducing.steps import ROOT, whole_model
 
 LEDGER = ROOT / "scripts" / "benchmarks" / "ledger.jsonl"
@@ -37,6 +36,7 @@ def line_of(run_dir: Path, name: str, scores: dict[str, dict]) -> dict:
     Raises:
         ValueError: the run has not ended, or wrote no provenance.json.
     """
+    from llava_next.model.folders.card import thinned
     from llava_next.model.folders.starting import model_fingerprint
     from llava_next.training.provenance import PROVENANCE, losses_of
 
@@ -116,6 +116,8 @@ def noise_of(share: float, count: int) -> float:
 
 def ledger_table(lines: list[dict]) -> str:
     """Markdown: a row for each line."""
+    from llava_next.model.folders.card import points_of, table  # no step waits for the hub's package
+
     names = list(dict.fromkeys(name for line in lines for name in line["scores"]))
     rows = []
     for line in lines:
