@@ -29,8 +29,8 @@ from support.tiny import geometry, pack_tiny, pairing_config, random_samples, st
 FLOAT32 = 1e-4  # of the loss, and of every gradient's norm
 FUSED = 1e-5
 # bfloat16 rounds to 3 digits, stock transformers' step in it too: against the float32 result our loss and all gradients
-# together may be off by twice as much as that, and by so much more where both are close. A single gradient, the sum over
-# all tokens for a bias, may be off by much through rounding alone; one that is wrong is off by its own size.
+# together may be off by twice as much as that, and by so much more where both are close. A single one, the sum over all
+# tokens for a bias, may be off by much through rounding alone; a gradient that is wrong is off by its own size.
 TIMES, SLACK, SINGLE = 2.0, 0.01, 0.5
 
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
