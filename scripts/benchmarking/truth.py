@@ -28,18 +28,20 @@ from support.tiny import geometry, pack_tiny, pairing_config, random_samples, st
 
 FLOAT32 = 1e-4  # of the loss, and of every gradient's norm
 FUSED = 1e-5
-# bfloat16 rounds to 3 digits, stock transformers' step in it too: against the float32 result ours may be off by twice
-# as much as that, and by so much more where both are close
-TIMES, SLACK = 2.0, 0.01
+# bfloat16 rounds to 3 digits, stock transformers' step in it too: against the float32 result our loss and all gradients
+# together may be off by twice as much as that, and by so much more where both are close. A single one, the sum over all
+# tokens for a bias, may be off by much through rounding alone; a gradient that is wrong is off by its own size.
+TIMES, SLACK, SINGLE = 2.0, 0.01, 0.5
 
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a step is from another one: relative distance of the loss, and of the gradients one by one."""
+    """How far a step is from another one: relative distance of the loss, of all gradients together, and one by one."""
 
     loss: float
+    together: float
     gradients: dict[str, float]
 
     @property
@@ -57,8 +59,10 @@ def distance(step: Step, reference: Step) -> Distance:
     if missing := set(wanted) ^ set(found):
         raise AssertionError(f"a gradient is on one side only: {', '.join(sorted(missing)[:3])}")
     least = 1e-3 * torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    moved = {name: (found[name] - g).norm() / g.norm().clamp_min(least) for name, g in wanted.items()}
-    return Distance(abs(loss / expected - 1).item(), {name: value.item() for name, value in moved.items()})
+    apart = {name: (found[name] - gradient).norm() for name, gradient in wanted.items()}
+    together = torch.stack(list(apart.values())).norm() / (1000 * least)
+    alone = {name: (value / wanted[name].norm().clamp_min(least)).item() for name, value in apart.items()}
+    return Distance(abs(loss / expected - 1).item(), together.item(), alone)
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -151,9 +155,9 @@ def kernels_of(device: torch.device) -> tuple[list[str], list[str]]:
 
 def excess(ours: Distance, theirs: Distance, case: str) -> tuple[float, float, str]:
     """Of what is furthest beyond its bound: its distance over the bound, the distance, and what it is of."""
-    pairs = [("loss", ours.loss, theirs.loss)]
-    pairs += [(name, value, theirs.gradients[name]) for name, value in ours.gradients.items()]
-    found = ((value / (TIMES * stock + SLACK), value, f"{name} of {case}") for name, value, stock in pairs)
+    pairs = (("loss", ours.loss, theirs.loss), ("all gradients", ours.together, theirs.together))
+    found = [(value / (TIMES * stock + SLACK), value, f"{name} of {case}") for name, value, stock in pairs]
+    found += [(value / SINGLE, value, f"{name} of {case}") for name, value in ours.gradients.items()]
     return max(found)
 
 
@@ -163,7 +167,7 @@ def lines_of_kernels(worst: dict[str, tuple[float, float, str]], missing: Iterab
         f"{kernel}: {value:.1e} ({what}), {100 * share:.0f} % of its bound"
         for kernel, (share, value, what) in worst.items()
     ]
-    line = f"{'; '.join(told)}; bound {TIMES:g} times stock's own distance + {SLACK:g}"
+    line = f"{'; '.join(told)}; bound {TIMES:g} times stock's own distance + {SLACK:g}, {SINGLE:g} for one gradient"
     if bad := [kernel for kernel, (share, *_) in worst.items() if not share <= 1]:
         raise AssertionError(f"{', '.join(bad)} beyond the bound: {line}")
     return "; ".join([line, *missing])
