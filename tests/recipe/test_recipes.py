@@ -22,7 +22,7 @@ RECIPES = ROOT / "scripts/recipes"
 TEMPLATES = {"vicuna-7b": "vicuna_v1", "llama3-8b": "llama_3", "qwen2-7b": "qwen", "mistral-7b": "mistral"}
 MODELS = [llm + tower for llm in TEMPLATES for tower in ("", "-siglip")]
 # whose rates nobody published
-OURS = {"qwen3-8b-siglip2": "qwen", "llama3.1-8b": "llama_3", "smollm2-1.7b-siglip2": "qwen"}
+OURS = {"qwen3-8b-siglip2": "qwen3", "llama3.1-8b": "llama_3_1", "smollm2-1.7b-siglip2": "smollm"}
 TEMPLATES |= {model.removesuffix("-siglip2"): template for model, template in OURS.items()}
 EVERY = [*MODELS, *OURS]
 # geometry of a tower, and its largest AnyRes picture in tokens
