@@ -233,7 +233,7 @@ def draw_ledger(lines: list[dict]) -> plt.Figure:
         scores.set_xticks(range(len(names)), names)
         finish(loss, "Loss")
         scores.set_title("Scores, ± two standard errors" if names else "No scores yet")
-        scores.margins(x=0.2)
+        scores.set_xlim(-0.5, max(len(names), 1) - 0.5)
     return figure
 
 
