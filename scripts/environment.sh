@@ -22,8 +22,11 @@ prepare_environment() {
     local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile)
     pip+=(--constraint constraints.txt)
     "${pip[@]}" setuptools wheel
-    # torch first and alone: a resolver that sees it pinned and installed never looks at another build
+    # torch before what depends on it: a resolver that sees it pinned and installed never looks at another build. What
+    # else is large and depends on nothing that is asked of here goes in beside it.
+    "${pip[@]}" --no-deps transformers pyarrow numpy &
     "${pip[@]}" torch
+    wait $!
     "${pip[@]}" --no-build-isolation --editable ".[$extras]"
     echo "$wanted" > "$stamp"
 }
