@@ -177,8 +177,8 @@ def test_failed_export_leaves_the_old_folder_and_waits_for_the_other_ranks(tmp_p
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     gathered = []
 
-    def counting(m):
-        for name, tensor in full_tensors(m):
+    def counting(m, unquantised):
+        for name, tensor in full_tensors(m, unquantised):
             gathered.append(name)
             yield name, tensor
 
