@@ -55,6 +55,21 @@ def test_verdict_is_the_cause_and_not_what_follows_from_it(words, error, status,
     assert (said.status, said.text[: len(text)]) == (status, text) and bool(said.text) == bool(text)
 
 
+@pytest.mark.parametrize(
+    ("command", "ours"),
+    [
+        (("/env/bin/accelerate", "launch", "--config_file", "c.yaml", "SCRIPT"), True),
+        (("/env/accelerate/commands/launch.py", "SCRIPT"), True),
+        (("/env/bin/torchrun", "SCRIPT"), True),
+        (("/env/bin/torchrun", "other.py"), False),
+        (("/env/pytest/__main__.py", "SCRIPT"), False),
+    ],
+)
+def test_only_a_launcher_waits_for_last_words(tmp_path, command, ours):
+    (tmp_path / "mine.py").write_text("from llava_next.training.loop import Trainer\n")
+    assert launcher._launches_us([word.replace("SCRIPT", str(tmp_path / "mine.py")) for word in command]) == ours
+
+
 def test_ranks_leave_their_last_words_with_a_launcher_that_lives_and_else_say_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(LAUNCHER, f"{os.getppid()}:{tmp_path}")
     say_last("kept", 1)

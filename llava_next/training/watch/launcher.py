@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 LAUNCHER = "LLAVA_NEXT_LAUNCHER"  # for ranks: the launcher's process and its folder, `1234:/tmp/...`
 TIME_LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # of torch 2.12 and newer
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "launch.py", "run.py")  # as commands, and by `python -m`
 PATIENCE = 24 * 3600  # seconds; a rank that hangs ends by itself, a second signal ends all of them at once
 
 
@@ -107,6 +108,8 @@ def _no_rendezvous(parameters):
 
 
 def _launches_us(arguments: list[str]) -> bool:
+    if Path(arguments[0]).name not in LAUNCHERS:  # others import the launcher too, and may name a file of this project
+        return False
     script = next((Path(word) for word in arguments[1:] if word.endswith(".py")), None)
     if script is None or not script.exists():
         return False
