@@ -154,7 +154,9 @@ def draw(runs: list[Run], window: int | None = None) -> plt.Figure:
             else:
                 draw_smoothed(fourth, run, "grad_norm", colour, window, run.name)
         smoothing = f", average over about {window} steps" if window > 1 else ""
-        finish(loss, f"Loss{smoothing}", robust=[run.values.get("loss") for run in runs])
+        # the fall of the first steps may leave the picture, or nothing else could be seen in it
+        losses = [run.values["loss"][len(run.steps) // 25 :] for run in runs if "loss" in run.values]
+        finish(loss, f"Loss{smoothing}", robust=losses)
         finish(speed, f"Throughput, tokens/s{smoothing}", bottom=0)
         finish(rates, "Learning rate", bottom=0)
         grads = [run.values.get("grad_norm") for run in runs]
