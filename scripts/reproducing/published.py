@@ -204,7 +204,8 @@ def build(name: str, source: Source, tower: str, places: Places, found: Forecast
     """The shards of a published data set."""
     shards = places.built(source)
     words = ("--json", places.data / source.records, "--images", places.data / source.images, "--out", shards)
-    words += ("--tower", TOWERS[tower], *source.more, "--expect", source.expect)
+    words += ("--tower", TOWERS[tower]) if tower in TOWERS else ("--model", places.out / "model")
+    words += (*source.more, "--expect", source.expect)
     index = known_index(ledger, name, source.name) or "unknown until built"
     count = f"{'' if source.counts['total'] else 'about '}{source.samples:,} samples"
     about = (

@@ -81,7 +81,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def encoder(root):
     data = SimpleNamespace(template="mistral", images="anyres", max_length=MAX_LENGTH, keep_template=False)
-    return load_parts(SimpleNamespace(lora=None, model=str(root / "model"), data=data)).encoder
+    return load_parts(SimpleNamespace(lora=None, quantize=None, model=str(root / "model"), data=data)).encoder
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loader")
     build_demo(folder, samples=80)
     data = SimpleNamespace(template="mistral", images="anyres", max_length=300)
-    parts = load_parts(SimpleNamespace(lora=None, model=str(folder / "base"), data=data))
+    parts = load_parts(SimpleNamespace(lora=None, quantize=None, model=str(folder / "base"), data=data))
     return folder, parts.encoder
 
 

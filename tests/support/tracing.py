@@ -13,8 +13,9 @@ from llava_next.model.forward.attention import attention_names
 from support.tiny import pack_tiny, random_samples
 
 
-def dense_attention(query, key, value, cu_seqlens, max_length, scaling) -> torch.Tensor:
+def dense_attention(query, key, value, cu_seqlens, max_length, scaling, window) -> torch.Tensor:
     """One SDPA call under a mask of segments, `[1, heads, T, head_dim]` to `[1, T, heads, head_dim]`."""
+    assert window is None
     length = query.shape[2]
     segment = torch.bucketize(torch.arange(length), cu_seqlens, right=True)
     mask = (segment[:, None] == segment) & torch.ones(length, length, dtype=torch.bool).tril()

@@ -49,7 +49,7 @@ def demo(tmp_path_factory):
 def reference_losses(demo, batch_size: int, rates: Rates, betas) -> list[float]:
     """The original's loop, written out: stock transformers, padded batches of 8, Hugging Face's mean loss, AdamW."""
     data = SimpleNamespace(template="mistral", images="anyres", max_length=MAX_LENGTH)
-    parts = load_parts(SimpleNamespace(lora=None, model=str(demo / "base"), data=data))
+    parts = load_parts(SimpleNamespace(lora=None, quantize=None, model=str(demo / "base"), data=data))
     mixture = Mixture([(demo / "shards", "digits", 1.0)], parts.anyres, batch_size, max_length=MAX_LENGTH)
     model = StockLlavaNext.from_pretrained(demo / "base", dtype=torch.float32).train()
     freeze_stock(model, rates)
@@ -252,7 +252,7 @@ def test_trackers_get_one_level_of_plain_values():
 
 def test_feed_raises_the_loaders_error_in_its_place_and_ends_its_thread(demo):
     data = SimpleNamespace(template="mistral", images="anyres", max_length=MAX_LENGTH)
-    parts = load_parts(SimpleNamespace(lora=None, model=str(demo / "base"), data=data))
+    parts = load_parts(SimpleNamespace(lora=None, quantize=None, model=str(demo / "base"), data=data))
     mixture = Mixture([(demo / "shards", "digits", 1.0)], parts.anyres, 16, max_length=MAX_LENGTH)
     loader = build_loader(mixture, parts.encoder, 0, 1, 900, 100, options=LoaderOptions(num_workers=0))
     original, seen = loader.dataset._read, []
@@ -301,7 +301,7 @@ def test_ranks_with_different_configurations_all_refuse_to_start(tmp_path, texts
 
 def test_step_message_counts_squares_and_reads(one_process, demo):
     data = SimpleNamespace(template="mistral", images="anyres", max_length=MAX_LENGTH)
-    parts = load_parts(SimpleNamespace(lora=None, model=str(demo / "base"), data=data))
+    parts = load_parts(SimpleNamespace(lora=None, quantize=None, model=str(demo / "base"), data=data))
     mixture = Mixture([(demo / "shards", "digits", 1.0)], parts.anyres, 16, max_length=MAX_LENGTH)
     feed = Feed(build_loader(mixture, parts.encoder, 0, 1, 900, 100, options=LoaderOptions(num_workers=0)))
     _, micros = next(feed)
