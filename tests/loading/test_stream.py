@@ -38,7 +38,9 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream")
     build_demo(folder, samples=SAMPLES)
     data = SimpleNamespace(template="mistral", images="anyres", max_length=300)
-    return folder / "shards", load_parts(SimpleNamespace(lora=None, quantize=None, model=str(folder / "base"), data=data)).encoder
+    return folder / "shards", load_parts(
+        SimpleNamespace(lora=None, quantize=None, model=str(folder / "base"), data=data)
+    ).encoder
 
 
 @pytest.fixture(scope="module")
