@@ -278,6 +278,19 @@ def check_of_base(adapter: AdapterFolder, base: Path, key: str) -> None:
         )
 
 
+def adapter_base(where: str | Path) -> Path | None:
+    """The base that an adapter folder names; None for anything else. Raises ValueError: it is not the adapter's."""
+    if not (Path(where) / CONFIG).is_file():
+        return None
+    adapter = read_adapter(Path(where))
+    if not (adapter.base / "config.json").is_file():
+        raise ValueError(
+            f"{where}: its base {adapter.base} is not there; write where it is into {CONFIG} (base_model_name_or_path)"
+        )
+    check_of_base(adapter, adapter.base, CONFIG)
+    return adapter.base
+
+
 def check_start(lora: Lora, base: Path, layers: list[str]) -> None:
     """Refuses an adapter that training cannot start from (`lora.start`). Raises ValueError.
 
