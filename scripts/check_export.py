@@ -1,5 +1,6 @@
-"""Proves a model folder: weights, configuration, processor, tokenizer and chat template agree. Of an adapter folder it
-proves keys, shapes and pattern, and the base that it names.
+"""Proves a model folder, whose weights, configuration, processor, tokenizer and chat template agree, or an adapter.
+
+Of an adapter it proves keys, shapes and pattern, and the base that it names.
 
     python scripts/check_export.py runs/finetune/model
 

@@ -6,9 +6,10 @@
 
 The first needs stock transformers only. Samples may have any number of pictures and lie in any file that
 data_tools/build_shards.py reads. Those that cannot be asked are left out of the score, counted and named. The model
-folder is loaded by `AutoModelForImageTextToText` and `AutoProcessor` as anybody else would load it; nothing of this
-project runs the model. With --tasks or --metric lmms-eval asks and scores (extra `eval`), through `accelerate launch`
-on several GPUs, and --out is a folder: scores.json, samples/NAME.jsonl and row.md. Run again it goes on.
+folder (or an adapter's base, into which the adapter is merged) is loaded by `AutoModelForImageTextToText` and
+`AutoProcessor` as anybody else would load it; nothing of this project runs the model. With --tasks or --metric
+lmms-eval asks and scores (extra `eval`), through `accelerate launch` on several GPUs, and --out is a folder:
+scores.json, samples/NAME.jsonl and row.md. Run again it goes on.
 """
 
 import json
@@ -21,10 +22,9 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
-from evaluation.engines import BACKENDS, generate, load_processor
+from evaluation.engines import BACKENDS, Transformers, generate
 from evaluation.metrics import METRICS
 from evaluation.questions import Question, read_questions
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
@@ -56,9 +56,7 @@ def main() -> None:
 def parse() -> Namespace:
     """What the command line asks for."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", type=folder_or_name, required=True, help="model folder; an adapter with lmms-eval only"
-    )
+    parser.add_argument("--model", type=folder_or_name, required=True, help="model or adapter folder")
     add_input_arguments(parser)
     parser.add_argument("--tasks", help="benchmarks by their names in lmms-eval, separated by commas")
     parser.add_argument("--metric", choices=METRICS, help="score --json by lmms-eval (default: count exact answers)")
@@ -90,8 +88,8 @@ def ask_exactly(args: Namespace) -> None:
     listing, scores = list_input(args), score_folder(args)
     logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").to(device).eval()
-    processor = load_processor(args.model)
+    engine = Transformers(Path(args.model), device)
+    model, processor = engine.model, engine.processor
 
     questions, left_out = read_questions(listing, args.images, processor, args.limit)
     for line in common_reasons(left_out, REASONS_SHOWN):

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
-from llava_next.model.folders.adapters import CONFIG, read_adapter, with_adapter
+from llava_next.model.folders.adapters import CONFIG, adapter_base, with_adapter
 
 BACKENDS = ("transformers", "vllm")
 
@@ -84,12 +84,10 @@ class Transformers:
     @cached_property
     def model(self):
         logging.disable_progress_bar()
-        if (self.folder / CONFIG).exists():
-            base = read_adapter(self.folder).base
-            model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+        base = adapter_base(self.folder)
+        model = AutoModelForImageTextToText.from_pretrained(base or self.folder, dtype="auto")
+        if base:
             model = with_adapter(model, self.folder)
-        else:
-            model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto")
         return model.to(self.device).eval()
 
     def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], most: int) -> list[str]:

@@ -5,6 +5,7 @@ being copied or downloaded are told by their weight files' headers and by the fi
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from transformers.utils import logging
 
 from llava_next.anyres import AnyRes
 from llava_next.model.folders.adapters import CONFIG as ADAPTER_CONFIG
-from llava_next.model.folders.adapters import check_of_base, read_adapter
+from llava_next.model.folders.adapters import adapter_base, read_adapter
 from llava_next.model.folders.check import ModelFolder
+from llava_next.model.forward.nf4 import bitsandbytes
 
 ASIDE = (".tmp", ".old")  # endings of folders that are being written or replaced
 BESIDE = ("tokenizer_config.json", "preprocessor_config.json")
@@ -116,6 +118,8 @@ def load(where: str) -> tuple[torch.nn.Module, object]:
     base = adapter_base(where)
     model = AutoModelForImageTextToText.from_pretrained(base or where, dtype="auto")
     if base:
+        if find_spec("bitsandbytes"):
+            bitsandbytes()  # peft imports it: in the way that fetches no code
         try:
             from peft import PeftModel
         except ImportError:
@@ -128,20 +132,6 @@ def load(where: str) -> tuple[torch.nn.Module, object]:
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{where} has no processor with a chat template: give a folder that training has written")
     return model.to(device).eval(), processor
-
-
-def adapter_base(where: str) -> Path | None:
-    """The base that an adapter folder names; None for anything else. Raises ValueError: it is not the adapter's."""
-    if not (Path(where) / ADAPTER_CONFIG).is_file():
-        return None
-    adapter = read_adapter(Path(where))
-    if not (adapter.base / "config.json").is_file():
-        raise ValueError(
-            f"{where}: its base {adapter.base} is not there; write where it is into {ADAPTER_CONFIG} "
-            "(base_model_name_or_path)"
-        )
-    check_of_base(adapter, adapter.base, ADAPTER_CONFIG)
-    return adapter.base
 
 
 def geometry(where: str) -> AnyRes | None:

@@ -9,6 +9,7 @@ from PIL import Image
 
 import chat
 import evaluate
+from evaluation.engines import load_processor
 from llava_next.data.inputs.listing import list_json
 from llava_next.templates import IMAGE_TOKEN, get_template
 from support.builds import Result, call
@@ -119,7 +120,7 @@ def test_no_question_is_an_error_and_no_score(demo, monkeypatch, records, messag
 
 
 def test_a_limit_counts_what_is_asked_and_a_template_may_refuse(demo):
-    processor = evaluate.load_processor(demo / "model")
+    processor = load_processor(demo / "model")
     (demo / "limited.jsonl").write_text("\n".join(map(json.dumps, SAMPLES[::-1])))
     listing = list_json(demo / "limited.jsonl", 0)
     questions, left_out = evaluate.read_questions(listing, demo, processor, 2)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaNextConfig
@@ -237,12 +237,19 @@ def read_adapter(folder: Path) -> AdapterFolder:
     """Reads config and header of an adapter folder.
 
     Raises:
-        ValueError: it is none, or one that this model cannot have.
+        ValueError: it is none, one of its files is damaged, or it is one that this model cannot have.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; give an adapter folder, such as RUN_DIR/adapter")
-    config = json.loads((folder / CONFIG).read_text())
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged ({error}): copy the folder again") from error
+    try:
+        weights = safe_open(folder / WEIGHTS, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): copy the folder again") from error
     for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
         if config.get(key, plain) != plain:
             raise ValueError(f"{folder / CONFIG}: {key} is {config[key]!r}; only {plain!r} can be read here")
@@ -250,7 +257,7 @@ def read_adapter(folder: Path) -> AdapterFolder:
         if config.get(key):
             raise ValueError(f"{folder / CONFIG}: {key} is given; only one r and one alpha for all can be read here")
     tensors: dict[str, dict[str, str]] = {}
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with weights as file:
         fingerprint = (file.metadata() or {}).get("base", "")
         for key in file.keys():  # noqa: SIM118 - not a dict
             layer, kind = layer_and_kind(key)
@@ -276,6 +283,19 @@ def check_of_base(adapter: AdapterFolder, base: Path, key: str) -> None:
             f"{key}: {adapter.path} was not trained on {base} (its config, sizes or weights are others); give the one "
             f"that its {CONFIG} names: {adapter.base}"
         )
+
+
+def adapter_base(where: str | Path) -> Path | None:
+    """The base that an adapter folder names; None for anything else. Raises ValueError: it is not the adapter's."""
+    if not (Path(where) / CONFIG).is_file():
+        return None
+    adapter = read_adapter(Path(where))
+    if not (adapter.base / "config.json").is_file():
+        raise ValueError(
+            f"{where}: its base {adapter.base} is not there; write where it is into {CONFIG} (base_model_name_or_path)"
+        )
+    check_of_base(adapter, adapter.base, CONFIG)
+    return adapter.base
 
 
 def check_start(lora: Lora, base: Path, layers: list[str]) -> None:
