@@ -85,7 +85,8 @@ def parts(args):
             if args.scale != "full":
                 # with all its rows a thin model would be nothing but embedding
                 llm_config.vocab_size = len(tokenizer)
-                llm_config.bos_token_id, llm_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                    setattr(llm_config, name, getattr(tokenizer, name))
     else:
         return vision_part(args.vision), llm_part(args.llm), load_tokenizer(args.tokenizer or args.llm)
     return random_part(vision_config, args.seed), random_part(llm_config, args.seed), tokenizer

@@ -199,6 +199,18 @@ def test_random_init_makes_a_folder_that_stock_transformers_loads(vision, llm, t
     check_vocabulary(tokenizer, config.text_config.vocab_size)
 
 
+def test_thin_model_has_the_special_ids_of_its_small_tokenizer(tmp_path, monkeypatch):
+    """Also where the published padding token lies beyond the small vocabulary."""
+    names = ["--vision", CLIP, "--llm", "allenai/OLMo-2-1124-7B-Instruct", "--template", "olmo_2"]
+    options = ["--random_init", "--scale", "tiny", *names, "--out", str(tmp_path / "model")]
+    monkeypatch.setattr("sys.argv", ["compose.py", *options])
+    script.main()
+    config = AutoConfig.from_pretrained(tmp_path / "model").text_config
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, name) == getattr(tokenizer, name) < config.vocab_size
+
+
 def test_tower_of_another_size_and_layer_makes_a_folder_whose_pinpoints_are_scaled(tmp_path, monkeypatch):
     """SigLIP 2 of 256 px in 16 px patches with SmolLM2: the folder's own checks hold the stock processor to it."""
     names = ["--vision", "google/siglip2-so400m-patch16-256", "--llm", "HuggingFaceTB/SmolLM2-1.7B-Instruct"]
