@@ -77,7 +77,8 @@ def parts(args):
         texts = dry.corpus_texts(read_samples(args.demo), args.template)
         tokenizer = dry.train_tokenizer(texts, vocab_size=llm_config.vocab_size - 2)
     elif args.random_init:
-        vision_config, llm_config = (dry.scaled(dry.architecture(n), args.scale) for n in (args.vision, args.llm))
+        found = dry.architecture(args.vision), dry.architecture(args.llm, of_llm=True)
+        vision_config, llm_config = (dry.scaled(config, args.scale) for config in found)
         if args.tokenizer:
             tokenizer = load_tokenizer(args.tokenizer)
         else:

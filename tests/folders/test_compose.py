@@ -421,6 +421,8 @@ def test_parts_of_another_kind_are_refused(checkpoints, tmp_path):
     strange = copy_of(vicuna, tmp_path)
     edit_json(strange / "config.json", model_type="mamba9")
     refused(clip, strange, out, "vicuna: config.json is of the kind 'mamba9', which this transformers does not know")
+    (strange / "config.json").write_text('{"model_type": ')
+    refused(clip, strange, out, r"vicuna/config.json is damaged \(Expecting value: line 1 column 16")
     (strange / "config.json").unlink()
     refused(clip, strange, out, "vicuna has no config.json: give the folder of a transformers checkpoint")
     refused(clip, tmp_path / "nothing", out, "neither a folder nor a hub repository")
@@ -455,6 +457,8 @@ def test_language_models_that_stock_would_not_train_alike_are_refused_with_what_
         (other / "config.json").write_text("{}")
     edit_json(other / "config.json", **changes)
     refused(clip, other, tmp_path / "out", message)
+    with pytest.raises(ValueError, match=message):  # its architecture with random weights
+        architecture(str(other), of_llm=True)
 
 
 @pytest.mark.parametrize(
