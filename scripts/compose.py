@@ -77,7 +77,8 @@ def parts(args):
         texts = dry.corpus_texts(read_samples(args.demo), args.template)
         tokenizer = dry.train_tokenizer(texts, vocab_size=llm_config.vocab_size - 2)
     elif args.random_init:
-        vision_config, llm_config = (dry.scaled(dry.architecture(n), args.scale) for n in (args.vision, args.llm))
+        found = dry.architecture(args.vision), dry.architecture(args.llm, of_llm=True)
+        vision_config, llm_config = (dry.scaled(config, args.scale) for config in found)
         if args.tokenizer:
             tokenizer = load_tokenizer(args.tokenizer)
         else:
@@ -85,7 +86,8 @@ def parts(args):
             if args.scale != "full":
                 # with all its rows a thin model would be nothing but embedding
                 llm_config.vocab_size = len(tokenizer)
-                llm_config.bos_token_id, llm_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                    setattr(llm_config, name, getattr(tokenizer, name))
     else:
         return vision_part(args.vision), llm_part(args.llm), load_tokenizer(args.tokenizer or args.llm)
     return random_part(vision_config, args.seed), random_part(llm_config, args.seed), tokenizer

@@ -65,7 +65,8 @@ def check_name(parser: argparse.ArgumentParser, name: str | None) -> None:
 
     names = [DIGITS, *published_names()]
     if name not in names:
-        near = difflib.get_close_matches(name or "", names, 1, 0.4)
+        near = [known for known in names if name and known.startswith(name.lower())]
+        near = near or difflib.get_close_matches(name or "", names, 1, 0.4)
         hint = f" (did you mean {near[0]}?)" if near else ""
         parser.error(f"{name or 'no name'}: there are {', '.join(names)}{hint}")
 

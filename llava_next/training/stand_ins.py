@@ -46,7 +46,7 @@ def plan_parts(config: RunConfig) -> Parts:
     tokenizer = train_tokenizer(corpus_texts([], chat.name), 512, chat.name)
     chat.prepare_tokenizer(tokenizer)
     name, _, tower = config.model.partition("+")
-    found = read_architecture(name)
+    found = read_architecture(name, of_llm=True)
     if found.model_type != "llava_next":
         check_language_model(found, f"model: {name}")
         found.vocab_size += 2  # rows for the image and the pad token, as a composed model has
@@ -56,8 +56,8 @@ def plan_parts(config: RunConfig) -> Parts:
     return parts
 
 
-def read_architecture(name: str) -> PretrainedConfig:
-    """The config of a known name, a folder, a `config.json` or a hub repository. Raises ValueError."""
+def read_architecture(name: str, *, of_llm: bool = False) -> PretrainedConfig:
+    """The config of a known name, a folder, a `config.json` or a hub repository; raises as `architecture` does."""
     if name in ARCHITECTURES:
         return architecture(name)
     path = local_path(name)
@@ -66,7 +66,7 @@ def read_architecture(name: str) -> PretrainedConfig:
         config = read_config(folder)
         if config.model_type == "llava_next":
             return config
-    return architecture(str(folder))
+    return architecture(str(folder), of_llm=of_llm)
 
 
 def fetched(name: str) -> Path:

@@ -86,6 +86,7 @@ def test_forecast_of_a_stage_is_that_of_its_plan(tmp_path, monkeypatch):
 def test_name_and_place_that_are_none_are_refused_with_what_there_is(tmp_path, capsys):
     assert "there are digits, llama3-8b" in said("vicuna7b", capsys=capsys)
     assert "did you mean vicuna-7b?" in said("vicuna7b", capsys=capsys)
+    assert "did you mean qwen3-8b-siglip2?" in said("Qwen3-8B", capsys=capsys)
     with pytest.raises(SystemExit, match=r"--step shard: the parts are data, compose, shards, stage-1"):
         reproduce.main(["digits", "--step", "shard", "--gpus", "0", "--out", str(tmp_path)])
     missing = Places(tmp_path, str(tmp_path / "s"), tmp_path, MIXES[0]).missing()

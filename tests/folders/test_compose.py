@@ -199,6 +199,18 @@ def test_random_init_makes_a_folder_that_stock_transformers_loads(vision, llm, t
     check_vocabulary(tokenizer, config.text_config.vocab_size)
 
 
+def test_thin_model_has_the_special_ids_of_its_small_tokenizer(tmp_path, monkeypatch):
+    """Also where the published padding token lies beyond the small vocabulary."""
+    names = ["--vision", CLIP, "--llm", "allenai/OLMo-2-1124-7B-Instruct", "--template", "olmo_2"]
+    options = ["--random_init", "--scale", "tiny", *names, "--out", str(tmp_path / "model")]
+    monkeypatch.setattr("sys.argv", ["compose.py", *options])
+    script.main()
+    config = AutoConfig.from_pretrained(tmp_path / "model").text_config
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, name) == getattr(tokenizer, name) < config.vocab_size
+
+
 def test_tower_of_another_size_and_layer_makes_a_folder_whose_pinpoints_are_scaled(tmp_path, monkeypatch):
     """SigLIP 2 of 256 px in 16 px patches with SmolLM2: the folder's own checks hold the stock processor to it."""
     names = ["--vision", "google/siglip2-so400m-patch16-256", "--llm", "HuggingFaceTB/SmolLM2-1.7B-Instruct"]
@@ -409,6 +421,8 @@ def test_parts_of_another_kind_are_refused(checkpoints, tmp_path):
     strange = copy_of(vicuna, tmp_path)
     edit_json(strange / "config.json", model_type="mamba9")
     refused(clip, strange, out, "vicuna: config.json is of the kind 'mamba9', which this transformers does not know")
+    (strange / "config.json").write_text('{"model_type": ')
+    refused(clip, strange, out, r"vicuna/config.json is damaged \(Expecting value: line 1 column 16")
     (strange / "config.json").unlink()
     refused(clip, strange, out, "vicuna has no config.json: give the folder of a transformers checkpoint")
     refused(clip, tmp_path / "nothing", out, "neither a folder nor a hub repository")
@@ -443,6 +457,8 @@ def test_language_models_that_stock_would_not_train_alike_are_refused_with_what_
         (other / "config.json").write_text("{}")
     edit_json(other / "config.json", **changes)
     refused(clip, other, tmp_path / "out", message)
+    with pytest.raises(ValueError, match=message):  # its architecture with random weights
+        architecture(str(other), of_llm=True)
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,10 @@ def vision_part(name: str) -> Part:
     Raises:
         ValueError: a tower of another kind, a folder without config or weights.
     """
-    folder = resolve_folder(name)
-    config = read_config(folder)
+    config = read_config(resolve_folder(name, config_only=True))  # refused before its weights are fetched
     config = getattr(config, "vision_config", config)
     check_tower(config, name)
+    folder = resolve_folder(name)
     _check_normalisation(config, folder)
     return Part(config, CheckpointWeights(folder), origin=part_of(TOWER, name, folder))
 
@@ -89,9 +89,9 @@ def llm_part(name: str) -> Part:
     Raises:
         ValueError: a model of another kind, a folder without config or weights.
     """
-    folder = resolve_folder(name)
-    config = read_config(folder)
+    config = read_config(resolve_folder(name, config_only=True))  # refused before its weights are fetched
     check_language_model(config, name)
+    folder = resolve_folder(name)
     weights, origin = CheckpointWeights(folder), part_of(LLM, name, folder)
     if not (config.tie_word_embeddings and _has_own_head(weights)):
         return Part(config, weights, origin=origin)

@@ -138,8 +138,11 @@ SCALES: dict[str, Scale | None] = {
 }
 
 
-def architecture(name: str) -> PretrainedConfig:
+def architecture(name: str, *, of_llm: bool = False) -> PretrainedConfig:
     """The config of a published tower or language model, without network, or that of a local folder.
+
+    Args:
+        of_llm: a language model is wanted; a multimodal folder is then refused, not taken for its tower.
 
     Raises:
         ValueError: neither a known name nor a folder with a config.json, or one of another kind.
@@ -150,8 +153,8 @@ def architecture(name: str) -> PretrainedConfig:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{name}: known architectures are {known}; or give a folder with a config.json")
     config = read_config(Path(name))
-    config = getattr(config, "vision_config", config)
-    (check_tower if hasattr(config, "patch_size") else check_language_model)(config, name)
+    config = config if of_llm else getattr(config, "vision_config", config)
+    (check_tower if hasattr(config, "patch_size") and not of_llm else check_language_model)(config, name)
     return config
 
 

@@ -22,8 +22,11 @@ from llava_next.paths import local_path
 BESIDE = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
 
 
-def resolve_folder(name: str) -> Path:
+def resolve_folder(name: str, *, config_only: bool = False) -> Path:
     """A local folder, or the local copy of a hub repository (weights in safetensors where it has them).
+
+    Args:
+        config_only: of a repository fetch `config.json` alone.
 
     Raises:
         ValueError: neither a folder nor a repository that can be reached.
@@ -33,9 +36,11 @@ def resolve_folder(name: str) -> Path:
         return folder
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ValueError(f"{name} is neither a folder nor a hub repository (owner/name): give one of them")
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
+        if config_only:
+            return Path(hf_hub_download(name, "config.json")).parent
         files = HfApi().list_repo_files(name)
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
         return Path(snapshot_download(name, allow_patterns=[weights, *BESIDE]))
@@ -47,11 +52,14 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The config of a checkpoint folder; code that comes with it is never run.
 
     Raises:
-        ValueError: there is none, or one of a kind that only its own code or another transformers knows.
+        ValueError: there is none, or no JSON, or one of a kind that only its own code or another transformers knows.
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: give the folder of a transformers checkpoint")
-    raw = json.loads((folder / "config.json").read_text())
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is damaged ({error}): fetch it again") from error
     kind, why = raw.get("model_type"), "which this transformers does not know"
     try:
         if kind in CONFIG_MAPPING:
