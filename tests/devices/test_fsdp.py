@@ -223,7 +223,7 @@ def test_the_launch_file_of_the_gpus_trains_fp32_masters_in_bf16(reference, tmp_
     """bf16 on two CPU ranks: what trains and its gradients are fp32, what is frozen stays bf16; both near fp32's."""
     folder, loss, parameters = reference
     gpus, outs = ROOT / "accelerate_configs/h100x8_fsdp.yaml", [tmp_path / name for name in ("fp32", "bf16")]
-    run_worker([(folder, out, ("vision",), "full", "adamw", out.name) for out in outs], config=str(gpus))
+    run_worker([(folder, out, ("vision",), "full", None, None, "adamw", out.name) for out in outs], config=str(gpus))
     result, in_bf16 = map(load_file, outs)
     assert_near_in_bf16(result, in_bf16)
     assert result["loss"].dtype == torch.float32 and result["loss"].item() == pytest.approx(loss.item(), rel=2e-3)

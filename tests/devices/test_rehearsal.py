@@ -25,7 +25,7 @@ from llava_next.training.devices import float8
 from llava_next.training.devices.float8 import use_float8
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import apply_checkpointing
-from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
+from llava_next.training.recipe.optim import AdaptedRates, Rates, build_optimizer, freeze
 from llava_next.training.watch.health import NonFinite
 from support.published import CLIP, LLAMA3, STAGE_1
 from support.tiny import geometry, pack_tiny, pairing_config, random_samples
@@ -119,6 +119,11 @@ def rehearse(model, inputs: dict, rates: Rates) -> None:
         loss = model(**inputs, num_sources=2).loss
         assert loss.dtype == torch.float32 and loss.shape == ()
         loss.backward()
+        for parameter in model.parameters():  # FSDP2's shards, unlike what it gathers of them, are fp32
+            if parameter.requires_grad:
+                gradient, parameter.grad = parameter.grad.float(), None
+                parameter.data = parameter.data.float()
+                parameter.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         with mock.patch.object(adam, "_device_dtype_check_for_fused"):  # it knows no meta device
             optimizer = build_optimizer(model, rates, (0.9, 0.999), 1e-8, 0.0)
