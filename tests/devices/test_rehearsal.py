@@ -149,8 +149,7 @@ def test_step_of_every_pairing_stays_on_the_device(number, monkeypatch):
     tower, llm = PAIRINGS[number]
     config, besides, rates = pairing_config(tower, llm), BESIDES.get(number), Rates()
     if besides == "lora":
-        rates = Rates(vision=None)
-        rates.lora = Lora(r=4, dropout=0.1)
+        rates = AdaptedRates(vision=None, lora=Lora(r=4, dropout=0.1))
     batch = batches_of(config)[0]
     with FakeTensorMode() as mode:
         model = model_of(config, rates, POLICIES[number % len(POLICIES)])
