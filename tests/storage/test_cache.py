@@ -7,6 +7,8 @@ import pickle
 import random
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,8 +122,8 @@ def read_shuffled(url: str, cache: Cache, seed: int) -> tuple[bool, int]:
 
 def test_processes_share_a_full_cache(server, tmp_path):
     cache = Cache(tmp_path / "cache", 100 * BLOCK)
-    with multiprocessing.get_context("forkserver").Pool(2) as pool:
-        results = pool.starmap(read_shuffled, [(server.url, cache, seed) for seed in range(4)], chunksize=1)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("forkserver")) as pool:
+        results = list(pool.map(partial(read_shuffled, server.url, cache), range(4)))
     assert all(right for right, _ in results) and sum(hits for _, hits in results) > 0
     # Two writers may each be one entry beyond what was counted while an eviction ran.
     assert BLOCK <= occupied(cache) <= cache.max_bytes + 2 * BLOCK

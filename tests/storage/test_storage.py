@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
@@ -248,8 +248,8 @@ def test_worker_processes_open_their_own_connection_and_count_from_zero(folder):
     storage = Storage(folder)
     assert storage.read_all("data.tar") == DATA  # the parent's is open before
     assert pickle.loads(pickle.dumps(storage)).url == storage.url
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
-        process, data, stats = pool.apply(read_in_worker, (storage,))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        process, data, stats = pool.submit(read_in_worker, storage).result()
     assert process != os.getpid() and data == DATA[1:10]
     assert (stats.requests, stats.bytes) == (1, 9)
     assert (storage.stats() - IOStats(requests=1)).as_dict() == {**storage.stats().as_dict(), "requests": 0}
