@@ -12,8 +12,9 @@ import sys
 
 from transformers.utils import logging
 
-from llava_next.model.folders.adapters import CONFIG, check_adapter
+from llava_next.model.folders.adapters import CONFIG
 from llava_next.model.folders.check import check_folder
+from llava_next.model.folders.check_adapter import check_adapter
 from llava_next.paths import local_path
 
 

@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import llava_next
@@ -21,6 +20,7 @@ from llava_next.training.checkpoints.exports import COMPANIONS
 from llava_next.training.checkpoints.same_run import describe_rates, options_of
 from llava_next.training.planning import Plan
 from llava_next.training.recipe.config import RunConfig
+from llava_next.versions import installed
 
 PROVENANCE = "provenance.json"
 # options that `recipe_of` words itself; any other that changes what is learned is listed as it is
@@ -55,13 +55,8 @@ def code_hash() -> str:
 
 def versions() -> dict[str, str]:
     """Of what computes, where it is installed."""
-    found = {"llava_next": f"{llava_next.__version__} ({code_hash()})", "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    ours = {"llava_next": f"{llava_next.__version__} ({code_hash()})", "python": platform.python_version()}
+    return ours | installed(PACKAGES)
 
 
 def stage_of(config: RunConfig, mixture: Mixture) -> dict:
@@ -107,16 +102,22 @@ def recipe_of(config: RunConfig, total_steps: int) -> dict[str, str]:
     return found
 
 
-def losses_of(run_dir: Path, last_step: int | None = None) -> list[tuple[int, float]]:
-    """(step, loss) of metrics.jsonl, each step once, as done last; without those that were no finite number."""
+def numbers_of(run_dir: Path, key: str) -> dict[int, float]:
+    """Step -> a number of it in metrics.jsonl, in order, each step as done last; without those that were not finite."""
     path, found = run_dir / "metrics.jsonl", {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-            found[int(record["step"])] = record["loss"]
-        except (ValueError, KeyError, TypeError):  # cut off by a crash
+            found[int(record["step"])] = record[key]
+        except (ValueError, KeyError, TypeError):  # cut off by a crash, or no step's
             continue
-    return [(s, found[s]) for s in sorted(found) if found[s] is not None and (last_step is None or s <= last_step)]
+    return {step: found[step] for step in sorted(found) if found[step] is not None}
+
+
+def losses_of(run_dir: Path, last_step: int | None = None) -> list[tuple[int, float]]:
+    """(step, loss) of a run, up to `last_step`."""
+    losses = numbers_of(run_dir, "loss").items()
+    return [(step, loss) for step, loss in losses if last_step is None or step <= last_step]
 
 
 def told_start(config: RunConfig) -> Story:

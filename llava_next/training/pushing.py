@@ -7,12 +7,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.watch.launcher import say_last
 
 KEY = "push_to_hub"
+EXPOSED = f"{KEY}: {{}} is there already, and public; make it private, give another name, or say --push_public true"
 MOST_SAID = 300  # characters of an error of the hub's
 
 
@@ -23,7 +24,8 @@ def check_push(config: RunConfig) -> list[str]:
         what could not be looked at, one a line.
 
     Raises:
-        ValueError: no token, one that the hub refuses or that may not write there, or no network by choice.
+        ValueError: no token, one that the hub refuses or that may not write there, no network by choice, or a
+            repository there that everybody can read without `push_public`.
     """
     if not config.push_to_hub:
         return []
@@ -32,7 +34,7 @@ def check_push(config: RunConfig) -> list[str]:
     if not get_token():
         raise ValueError(f"{KEY}: no token to upload with; set HF_TOKEN to one that may write, or `hf auth login`")
     try:
-        who = HfApi().whoami()
+        who, exposed = HfApi().whoami(), is_exposed(config)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
@@ -50,7 +52,19 @@ def check_push(config: RunConfig) -> list[str]:
         )
     if (who.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"{KEY}: the token may only read; set HF_TOKEN to one that may write")
+    if exposed:
+        raise ValueError(EXPOSED.format(config.push_to_hub))
     return []
+
+
+def is_exposed(config: RunConfig) -> bool:
+    """Whether everybody can read a repository that is there already, and the result is not to be public."""
+    if config.push_public:
+        return False
+    try:
+        return not HfApi().repo_info(config.push_to_hub).private
+    except RepositoryNotFoundError:
+        return False
 
 
 def push(config: RunConfig) -> int:
@@ -65,7 +79,9 @@ def push(config: RunConfig) -> int:
     print(f"uploading {folder} to {repo}", flush=True)
     try:
         api = HfApi()
-        api.create_repo(repo, private=not config.push_public, exist_ok=True)
+        api.create_repo(repo, private=not config.push_public, exist_ok=True)  # of one that is there it changes nothing
+        if is_exposed(config):
+            raise ValueError(EXPOSED.format(repo))
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Result of a training run")
     except Exception as error:
         said = " ".join(str(error).split())[:MOST_SAID] or type(error).__name__

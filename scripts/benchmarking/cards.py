@@ -10,13 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 
 from benchmarking.serving import ROOT
 from llava_next.paths import local_path
+from llava_next.versions import installed
 
 CARDS = ROOT / "scripts" / "benchmarks"
 PACKAGES = ("torch", "transformers", "accelerate", "torchao", "liger-kernel")
@@ -35,12 +35,11 @@ def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:
         figures: JSON; nested dictionaries and lists are fine.
         out: folder of the cards.
     """
-    installed = {found.name.lower().replace("_", "-"): found.version for found in distributions()}
     card = {
         "command": command_line(sys.argv[1:]),
         "hardware": hardware(),
         "load_average": [round(x, 2) for x in os.getloadavg()],  # of the machine, when the card was written
-        "versions": {"python": platform.python_version(), **{n: installed[n] for n in PACKAGES if n in installed}},
+        "versions": {"python": platform.python_version(), **installed(PACKAGES)},
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "figures": rounded(figures),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 WIDTH = 4096  # of the published models' language models: others are not compared with them
 NOISES = 2  # a difference of at most this many standard errors is within the noise
+JUDGED, RULED = ("gpt_eval_score", "llm_as_judge_eval"), "_dev_static"  # metrics with a judge; tasks that do without
 RULE = (
     "± is one binomial standard error, sqrt(v (1 - v) / n) for a share v of n questions, an upper bound where answers "
     f"score in between; a difference of at most {NOISES} of them is within the noise. A score without one is no share."
@@ -30,6 +31,11 @@ def benchmark(task: str, metric: str | None = None) -> tuple[str, dict] | None:
         if entry["task"] == task and metric in (None, entry["metric"]):
             return label, entry
     return None
+
+
+def needs_judge(task: str, metrics: Sequence[str]) -> bool:
+    """Whether answers to a task are read by a judge at OpenAI."""
+    return not task.endswith(RULED) and any(metric in JUDGED for metric in metrics)
 
 
 def comparable(template: str | None, width: int) -> list[dict]:
@@ -65,7 +71,12 @@ def noise(task: str, metric: str, value: float, samples: int, per_sample: Sequen
         if not math.isclose(sum(per_sample) / len(per_sample), value, abs_tol=1e-6):
             return None
         unit, share, count = 1, value, samples
-    return unit * math.sqrt(max(0.0, share * (1 - share)) / count) if 0 <= share <= 1 else None
+    return unit * standard_error(share, count) if 0 <= share <= 1 else None
+
+
+def standard_error(share: float, count: int) -> float:
+    """One binomial standard error of a share of `count` questions."""
+    return math.sqrt(share * (1 - share) / count)
 
 
 def row(model: str, scores: dict[str, dict], models: Sequence[dict]) -> str:

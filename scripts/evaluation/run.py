@@ -19,8 +19,9 @@ from evaluation.metrics import METRICS
 from evaluation.questions import Question, read_questions
 from evaluation.scores import Sample, Score, model_hash, open_scores, score_name
 from llava_next.data.inputs.samples import common_reasons
-from llava_next.model.folders.adapters import CONFIG, check_adapter, read_adapter
+from llava_next.model.folders.adapters import CONFIG, read_adapter
 from llava_next.model.folders.check import ModelFolder, check_folder
+from llava_next.model.folders.check_adapter import check_adapter
 
 BATCH_SIZE = 8  # prompts of 3,000 tokens each, with their keys and values, beside a 7B model in 40 GB
 INSTALL = "pip install -c constraints.txt -e '.[eval]'"

@@ -6,9 +6,7 @@ import hashlib
 import json
 import re
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from evaluation.published import comparable, noise, published_scores, row
@@ -16,6 +14,7 @@ from llava_next.data.storage.client import written_aside
 from llava_next.model.folders.adapters import CONFIG, read_adapter
 from llava_next.model.folders.check import ModelFolder
 from llava_next.model.folders.companions import COMPANION_FILES
+from llava_next.versions import installed
 
 PACKAGES = ("lmms-eval", "transformers", "torch", "tokenizers", "pillow", "vllm")
 CHUNK = 2**24
@@ -37,17 +36,6 @@ def model_hash(folder: Path) -> str:
     if (folder / CONFIG).exists():
         digest.update(model_hash(read_adapter(folder).base).encode())
     return digest.hexdigest()[:32]
-
-
-def versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The packages that answers depend on, of those installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class ScoreFolder:
 
     def __init__(self, path: Path, model: str, hash: str, backend: str, template: str | None, width: int):
         self.path, self.models = path, comparable(template, width)
-        self.head = {"model": model, "model_hash": hash, "backend": backend, "versions": versions()}
+        self.head = {"model": model, "model_hash": hash, "backend": backend, "versions": installed(PACKAGES)}
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {path} is a file: give a folder")
         self.scores = self._read()

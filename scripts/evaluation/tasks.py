@@ -17,11 +17,11 @@ from tenacity import RetryError, stop_after_attempt
 
 from evaluation.metrics import Metric
 from evaluation.model import CHAT
+from evaluation.published import RULED, needs_judge
 from evaluation.questions import Question
 
 PROMPTS_OF = "llava_hf"  # whose prompts a task takes where it has several
 NAMES_SHOWN = 5
-JUDGED, RULED = ("gpt_eval_score", "llm_as_judge_eval"), "_dev_static"
 JUDGE_KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
 
 
@@ -84,8 +84,7 @@ class Tasks(TaskManager):
 
 def check_judge(name: str, metrics: Sequence[str]) -> None:
     """Refuses a task that asks a judge nobody has a key for: it would guess. Raises ValueError."""
-    asks = not name.endswith(RULED) and any(metric in JUDGED for metric in metrics)
-    if asks and not any(os.environ.get(key) for key in JUDGE_KEYS):
+    if needs_judge(name, metrics) and not any(os.environ.get(key) for key in JUDGE_KEYS):
         raise ValueError(
             f"--tasks: {name} has answers read by a judge at OpenAI, and without a key guesses what rules cannot read: "
             f"set {' or '.join(JUDGE_KEYS)}, or take a task that needs none (mmbench_en{RULED} for MMBench)"

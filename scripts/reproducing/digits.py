@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from reproducing.ledger import LEDGER, known_index, noise_of
+from evaluation.published import standard_error
+from reproducing.ledger import LEDGER, known_index
 from reproducing.steps import ROOT, Step, whole_model
 
 RECIPES = "scripts/recipes/digits"
@@ -94,7 +95,7 @@ def expected() -> tuple[float, int] | None:
 
 def tolerance(share: float, counts: tuple[int, int]) -> float:
     """How far two runs that read `share` may be apart: `NOISES` standard errors of the difference of two samples."""
-    return NOISES * sum(noise_of(share, count) ** 2 for count in counts) ** 0.5
+    return NOISES * sum(standard_error(share, count) ** 2 for count in counts) ** 0.5
 
 
 def told_expected() -> str:

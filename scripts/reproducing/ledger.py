@@ -6,6 +6,7 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
+from evaluation.published import standard_error
 from reproducing.steps import ROOT, whole_model
 
 LEDGER = ROOT / "scripts" / "benchmarks" / "ledger.jsonl"
@@ -38,7 +39,7 @@ def line_of(run_dir: Path, name: str, scores: dict[str, dict]) -> dict:
     """
     from llava_next.model.folders.card import thinned
     from llava_next.model.folders.starting import model_fingerprint
-    from llava_next.training.provenance import PROVENANCE, losses_of
+    from llava_next.training.provenance import PROVENANCE, losses_of, numbers_of
 
     if not whole_model(run_dir / "model"):
         raise ValueError(f"{run_dir} has no whole model/: give the run_dir of a run that has ended")
@@ -48,7 +49,7 @@ def line_of(run_dir: Path, name: str, scores: dict[str, dict]) -> dict:
         raise ValueError(
             f"{run_dir / PROVENANCE} cannot be read ({error}): it is written by a run of this version"
         ) from None
-    losses, seconds = losses_of(run_dir), step_seconds(run_dir)
+    losses, seconds = losses_of(run_dir), sum(numbers_of(run_dir, "step_s").values())
     return {
         "name": name,
         "title": made["stage"]["title"],
@@ -66,18 +67,6 @@ def line_of(run_dir: Path, name: str, scores: dict[str, dict]) -> dict:
         "scores": {key: {k: v for k, v in found.items() if k in KEPT} for key, found in scores.items()},
         "loss": thinned(losses),
     }
-
-
-def step_seconds(run_dir: Path) -> float:
-    """Seconds that the steps of a run took, each once, as done last."""
-    found = {}
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            found[int(record["step"])] = float(record["step_s"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return sum(found.values())
 
 
 def record(line: dict, path: Path) -> bool:
@@ -104,14 +93,11 @@ def read_scores(path: Path | None) -> dict[str, dict]:
         if "scores" in found:
             return {name: {**score, "value": float(score["value"])} for name, score in found["scores"].items()}
         share, count = found["exact"] / found["of"], found["of"]
-        return {"exact": {"value": share, "metric": "exact match", "samples": count, "noise": noise_of(share, count)}}
+        return {
+            "exact": {"value": share, "metric": "exact match", "samples": count, "noise": standard_error(share, count)}
+        }
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"--scores: {path} holds no scores ({type(error).__name__}: {error})") from None
-
-
-def noise_of(share: float, count: int) -> float:
-    """One binomial standard error of a share of `count` questions."""
-    return (share * (1 - share) / count) ** 0.5
 
 
 def ledger_table(lines: list[dict]) -> str:

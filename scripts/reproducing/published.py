@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.published import NOISES, needs_judge, standard_error, table
 from reproducing.ledger import known_index
 from reproducing.steps import ROOT, Step, told_dataset, whole_dataset, whole_model
 
@@ -20,9 +21,8 @@ QUESTIONS = {
     "mmbench_en_dev_static": 1164,
     "textvqa_val": 5000,
     "gqa": 12578,
+    "mmmu_val": 900,
 }
-QUESTIONS |= {"mmmu_val": 900}
-NOISES = 2  # standard errors
 
 
 @dataclass(frozen=True)
@@ -250,11 +250,10 @@ def published_rows(name: str) -> list[dict]:
     """Published scores of models of this language model's template: `label`, `task`, `model`, `value`, `tolerance`,
     `source`, `is_asked`. Empty where none is published: with SigLIP, or a language model of another width.
     """
-    path = ROOT / "scripts/evaluation/published.json"
     _, tower, template = read_recipe(name)
-    if not path.exists() or tower != next(iter(TOWERS)):
+    if tower != next(iter(TOWERS)):
         return []
-    known = json.loads(path.read_bytes())
+    known = table()
     return [
         {
             "label": label,
@@ -273,23 +272,22 @@ def published_rows(name: str) -> list[dict]:
 
 def is_asked(entry: dict) -> bool:
     """Whether a benchmark can be scored without a judge or a server of its own."""
-    task, metric = entry["task"], entry.get("metric", "")
-    return bool(task) and "judge" not in metric and (metric != "gpt_eval_score" or task.endswith("_static"))
+    return bool(entry["task"]) and not needs_judge(entry["task"], [entry["metric"]])
 
 
 def tolerance(entry: dict, value: float) -> float | None:
     """`NOISES` binomial standard errors of a score in percent; None where it is no share of right answers."""
-    count, share = QUESTIONS.get(entry["task"]), value / 100
+    count = QUESTIONS.get(entry["task"])
     if not entry.get("share") or count is None:
         return None
-    return 100 * NOISES * math.sqrt(share * (1 - share) / count)
+    return 100 * NOISES * standard_error(value / 100, count)
 
 
 def score_lines(name: str) -> list[str]:
     """What to expect of the evaluation, for people."""
     rows = published_rows(name)
     if not rows:
-        return ["expected scores: none is published of this pairing, or the table of published scores is not here"]
+        return ["expected scores: none is published of this pairing"]
     lines = [
         f"expected scores, as published (± {NOISES} binomial standard errors where a score is a share of right "
         "answers); Open-LLaVA-NeXT's are of mix1m, the others saw data that are not all public"

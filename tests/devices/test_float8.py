@@ -18,7 +18,8 @@ from llava_next.training.devices import float8
 from llava_next.training.devices.float8 import check_device, use_float8
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.devices.parallel import apply_checkpointing, compile_layers
-from llava_next.training.recipe.config import RunConfig, Source, check_run
+from llava_next.training.recipe.checks import check_run
+from llava_next.training.recipe.config import RunConfig, Source
 from llava_next.training.recipe.optim import Rates, freeze
 from support.exports import assert_stock_export
 from support.launching import launch

@@ -15,7 +15,8 @@ from transformers import GemmaConfig, GemmaModel, Qwen3Config, Qwen3Model
 from llava_next.model.folders.dry import LLMS
 from llava_next.model.forward.fused import FUNCTIONS, choose_fused, fuse_layers, load_kernels
 from llava_next.training.devices.parallel import apply_checkpointing
-from llava_next.training.recipe.config import RunConfig, Source, check_run
+from llava_next.training.recipe.checks import check_run
+from llava_next.training.recipe.config import RunConfig, Source
 from support.kernels import models_of, step
 from support.launching import ROOT
 from support.published import LLAMA3, VICUNA

@@ -10,7 +10,8 @@ from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.checkpoints.same_run import check_same_optimizer
 from llava_next.training.forecast.budget import units
 from llava_next.training.recipe import low_memory
-from llava_next.training.recipe.config import OptimConfig, RunConfig, Source, check_run, parse_run
+from llava_next.training.recipe.checks import check_run
+from llava_next.training.recipe.config import OptimConfig, RunConfig, Source, parse_run
 from llava_next.training.recipe.low_memory import LowMemoryAdamW, block_length, random_bits, round_stochastically
 from llava_next.training.recipe.optim import Rates, build_optimizer, freeze
 from support.tiny import tiny_config

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from llava_next.training import pushing
 from llava_next.training.pushing import check_push, push
@@ -15,8 +15,9 @@ RIGHTS = {"name": "me", "orgs": [{"name": "Lab"}], "auth": {"accessToken": {"rol
 class Hub:
     """What the hub answers, and what it was asked for."""
 
-    def __init__(self, answer=RIGHTS):
-        self.answer, self.asked = answer, []
+    def __init__(self, answer=RIGHTS, there: bool | None = None):
+        """`there`: whether a repository that is there already is private; None: there is none."""
+        self.answer, self.there, self.asked = answer, there, []
 
     def __call__(self):
         return self
@@ -26,16 +27,22 @@ class Hub:
             raise self.answer
         return self.answer
 
+    def repo_info(self, repo):
+        if self.there is None:
+            raise refusal(404, RepositoryNotFoundError)
+        return SimpleNamespace(private=self.there)
+
     def create_repo(self, repo, **options):
         self.asked.append((repo, options))
+        self.there = options["private"] if self.there is None else self.there
 
     def upload_folder(self, **options):
         self.whoami()
         self.asked.append(options)
 
 
-def refusal(status: int) -> HfHubHTTPError:
-    return HfHubHTTPError("no", response=SimpleNamespace(headers={}, request=None, status_code=status))
+def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
+    return kind("no", response=SimpleNamespace(headers={}, request=None, status_code=status))
 
 
 @pytest.fixture
@@ -79,14 +86,27 @@ def test_name_that_is_none_is_refused_with_the_command_line(name, tmp_path):
 
 
 def test_result_goes_up_private_unless_said_otherwise(config, monkeypatch, tmp_path):
-    hub = Hub()
-    monkeypatch.setattr(pushing, "HfApi", hub)
     for public in (False, True):
+        hub = Hub()
+        monkeypatch.setattr(pushing, "HfApi", hub)
         config.push_public = public
-        assert push(config) == 0
-    assert [options["private"] for _, options in hub.asked[::2]] == [True, False]
-    assert hub.asked[1]["folder_path"] == tmp_path / "model" and hub.asked[1]["repo_id"] == "lab/model"
-    assert push(RunConfig()) == 0 and len(hub.asked) == 4
+        assert push(config) == 0 and push(RunConfig()) == 0 and len(hub.asked) == 2
+        assert hub.asked[0] == ("lab/model", {"private": not public, "exist_ok": True})
+        assert hub.asked[1]["folder_path"] == tmp_path / "model" and hub.asked[1]["repo_id"] == "lab/model"
+
+
+def test_private_result_never_goes_into_a_repository_that_is_public_already(config, monkeypatch, capsys):
+    hub = Hub(there=False)
+    monkeypatch.setattr(pushing, "HfApi", hub)
+    with pytest.raises(ValueError, match=r"^push_to_hub: lab/model is there already, and public"):
+        check_push(config)
+    assert push(config) == 1 and len(hub.asked) == 1  # made public while the run went on: nothing is uploaded
+    assert "is whole, but it could not be uploaded" in capsys.readouterr().err
+    config.push_public = True
+    assert check_push(config) == [] and push(config) == 0
+    monkeypatch.setattr(pushing, "HfApi", Hub(there=True))
+    config.push_public = False
+    assert check_push(config) == [] and push(config) == 0
 
 
 def test_failed_upload_ends_with_the_command_that_repeats_it(config, monkeypatch, tmp_path, capsys):

@@ -18,8 +18,8 @@ import finetune
 import merge
 import reproduce
 from llava_next.data.inputs.listing import list_json
-from llava_next.model.folders.adapters import check_adapter
 from llava_next.model.folders.card import points_of, read_story
+from llava_next.model.folders.check_adapter import check_adapter
 from llava_next.model.folders.export import save_model
 from llava_next.model.folders.starting import model_fingerprint
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
