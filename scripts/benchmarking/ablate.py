@@ -98,13 +98,18 @@ def run(args) -> None:
     bench = Bench(accelerator, model, samples, [], policy)
     bench.micros = ready([batch.weighted(bench.weights) for batch in micros], device)
     base = measure(model, bench.micros, device, args.steps, args.warmup)
-    rows = [compared(base, base) | {"lever": "as it is"}]
-    for name in SWITCHES:
-        if name in args.levers and not (name in GPU_ONLY and device.type != "cuda"):
-            rows.append(row(f"{name}: {SWITCHES[name][0]}", deadline, switch, bench, name, args.steps))
     figures = {"layers": config.text_config.num_hidden_layers, "checkpointing": policy, "samples": work.samples}
     if device.type == "cuda":
         figures["host_waits"] = host_waits(bench)
+    figures["levers"] = [compared(base, base) | {"lever": "as it is"}]
+
+    def add(found: dict) -> None:
+        figures["levers"].append(found)
+        write_card(card_name("ablate", work, args.device), figures, args.out)  # now: a later lever may take too long
+
+    for name in SWITCHES:
+        if name in args.levers and not (name in GPU_ONLY and device.type != "cuda"):
+            add(row(f"{name}: {SWITCHES[name][0]}", deadline, switch, bench, name, args.steps))
     del model, _
     bench.model = None
 
@@ -116,11 +121,11 @@ def run(args) -> None:
         other, _ = build(accelerator, config, work.rates, how)
         return compared(measure(other, bench.micros, device, args.steps, args.warmup, keep=not how.reshard), base)
 
-    figures["levers"] = rows + [row(name, deadline, rebuilt, name) for name in REBUILT if name in args.levers]
+    for name in (name for name in REBUILT if name in args.levers):
+        add(row(name, deadline, rebuilt, name))
     head = ("lever", "seconds", "against as it is", "loss moved", "gradients moved", "GB")
     print(table(head, map(line, figures["levers"])))
     print({name: value for name, value in figures.items() if name != "levers"}, flush=True)
-    write_card(card_name("ablate", work, args.device), figures, args.out)
     finish(accelerator)
 
 

@@ -6,6 +6,7 @@ error. What there was no time for is named at the end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -66,20 +67,18 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Runs the jobs one after the other and says how each ended."""
-    deadline, ended = time.monotonic() + args.limit, []
+    deadline, ended = time.monotonic() + args.limit, {}
     for job in (job for job in JOBS if job.name in args.jobs):
-        left = deadline - time.monotonic()
-        if left < min(job.least, args.limit):
-            ended.append((job.name, "not begun: no time left", 0.0))
-            continue
         begin = time.monotonic()
-        print(f"== {job.name}", flush=True)
-        # a job's own limit is for a GPU: a CPU, on which the command is tried, may take as long as there is time
-        status = run_job(job, args, min(job.most, left) if args.device == "cuda" else left)
-        ended.append((job.name, status, time.monotonic() - begin))
-    print(table(("job", "ended", "seconds"), ((name, how, f"{s:.0f}") for name, how, s in ended)), flush=True)
-    card = f"gpu-all-{args.device}"
-    write_card(card, {name: {"ended": how, "seconds": seconds} for name, how, seconds in ended}, args.out)
+        left, status = deadline - begin, "not begun: no time left"
+        if left >= min(job.least, args.limit):
+            print(f"== {job.name}", flush=True)
+            # a job's own limit is for a GPU: a CPU, on which the command is tried, may take as long as there is time
+            status = run_job(job, args, min(job.most, left) if args.device == "cuda" else left)
+        ended[job.name] = {"ended": status, "seconds": time.monotonic() - begin}
+        write_card(f"gpu-all-{args.device}", ended, args.out)  # now: the machine may be taken away before the end
+    rows = ((name, found["ended"], f"{found['seconds']:.0f}") for name, found in ended.items())
+    print(table(("job", "ended", "seconds"), rows), flush=True)
 
 
 def command_of(job: Job, args) -> list[str]:
@@ -99,7 +98,8 @@ def run_job(job: Job, args, seconds: float) -> str:
             status = None
             # ranks have sessions of their own, and one left over would hold the GPU's memory
             for started in [*psutil.Process(process.pid).children(recursive=True), process]:
-                started.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                    started.kill()
             process.wait()
         errors.seek(0)
         said = errors.read().strip()

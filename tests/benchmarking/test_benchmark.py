@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,11 +205,13 @@ def test_cards_compare_number_by_number():
 
 
 def test_all_of_a_gpu_ends_in_time_and_says_what_it_left_out(tmp_path, monkeypatch, capfd):
-    jobs = [gpu_all.Job(name, (name,), most, least=0.1) for name, most in (("true", 5), ("false", 5), ("sleep", 0.3))]
+    limits = {"true": 5, "false": 5, "kept": 5, "sleep": 0.3}
+    jobs = [gpu_all.Job(name, (name,), most, least=0.1) for name, most in limits.items()]
     jobs += [gpu_all.Job(f"truth: {part}", ("truth", part), 5, least=0.1) for part in ("good", "bad")]
     monkeypatch.setattr(gpu_all, "JOBS", (*jobs, gpu_all.Job("late", ("true",), 5, least=100)))
     sleep = ["sh", "-c", "setsid sleep 61.5 & wait"]  # in a session of its own, as the launcher's ranks are
     commands = {
+        "kept": ["grep", "-q", "no word of why", str(tmp_path / "gpu-all-cuda.json")],  # of the job before, on disk by now
         "sleep": sleep,
         "truth: good": ["true"],
         "truth: bad": ["sh", "-c", "echo beyond its bound >&2; exit 3"],
@@ -219,7 +222,7 @@ def test_all_of_a_gpu_ends_in_time_and_says_what_it_left_out(tmp_path, monkeypat
     gpu_all.run(argparse.Namespace(limit=50.0, device="cuda", jobs=names, options="", out=tmp_path))
     ended = json.loads((tmp_path / "gpu-all-cuda.json").read_text())["figures"]
     assert [ended[name]["ended"] for name in names] == [
-        *("done", "exit status 1: no word of why", "stopped after 0 s"),
+        *("done", "exit status 1: no word of why", "done", "stopped after 0 s"),
         *("off by 1e-7", "exit status 3: beyond its bound", "not begun: no time left"),
     ]
     assert ["sleep", "61.5"] not in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
@@ -244,6 +247,13 @@ def test_truth_holds_to_its_bounds_and_names_what_is_beyond_them():
         truth.lines_of_kernels({"varlen": (share, value, what)}, [])
     with pytest.raises(AssertionError, match=r"one side only: lm_head.weight"):
         truth.distance((theirs[0], {k: v for k, v in theirs[1].items() if k != "lm_head.weight"}), theirs)
+
+
+def test_truth_of_the_kernels_reaches_them_as_a_layer_does():
+    """Grouped heads and a window too. On a CPU there is only the loop, half of twice its own distance away."""
+    line = truth.check_kernels(CPU)
+    assert line.startswith("sdpa: ") and "fa3 cannot run here" in line
+    assert 10 < int(re.search(r"(\d+) % of its bound", line)[1]) < 50
 
 
 def test_profiler_traces_the_chosen_step_and_no_other(tmp_path):
