@@ -33,6 +33,7 @@ from llava_next.data.inputs.samples import common_reasons
 from llava_next.data.storage.client import written_aside
 from llava_next.model.folders.check import ModelFolder
 from llava_next.paths import drawing_path, folder_or_name, local_path
+from llava_next.repositories import resolve_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "data_tools"))
 from building.inputs import add_input_arguments, list_input
@@ -56,7 +57,7 @@ def main() -> None:
 def parse() -> Namespace:
     """What the command line asks for."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=folder_or_name, required=True, help="model or adapter folder")
+    parser.add_argument("--model", type=folder_or_name, required=True, help="model or adapter folder, or hub name")
     add_input_arguments(parser)
     parser.add_argument("--tasks", help="benchmarks by their names in lmms-eval, separated by commas")
     parser.add_argument("--metric", choices=METRICS, help="score --json by lmms-eval (default: count exact answers)")
@@ -85,10 +86,12 @@ def parse() -> Namespace:
 
 def ask_exactly(args: Namespace) -> None:
     """Counts exact answers. Raises ValueError, OSError."""
-    listing, scores = list_input(args), score_folder(args)
+    listing = list_input(args)
+    folder = resolve_folder(args.model)
+    scores = score_folder(args, folder)
     logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    engine = Transformers(Path(args.model), device)
+    engine = Transformers(folder, device)
     model, processor = engine.model, engine.processor
 
     questions, left_out = read_questions(listing, args.images, processor, args.limit)
@@ -120,11 +123,11 @@ def ask_exactly(args: Namespace) -> None:
             temporary.write_text(json.dumps(report, indent=1))
 
 
-def score_folder(args: Namespace) -> ScoreFolder | None:
+def score_folder(args: Namespace, model: Path) -> ScoreFolder | None:
     """Where --out is a folder of scores. Raises ValueError: it has those of another model."""
     if args.out is None or args.out.suffix == ".json":
         return None
-    folder, name = ModelFolder(Path(args.model)), score_name(args)
+    folder, name = ModelFolder(model), score_name(args)
     scores = open_scores(args.out, args.model, model_hash(folder.path), BACKENDS[0], folder)
     scores.check_limit(name, args.limit)
     return scores

@@ -20,6 +20,7 @@ from llava_next.model.folders.dry import (
 from llava_next.model.folders.sources import read_config
 from llava_next.model.forward.kinds import check_language_model
 from llava_next.paths import local_path
+from llava_next.repositories import resolve_folder
 from llava_next.templates import OWN, get_template
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.setup import Parts, load_parts, parts_of
@@ -71,13 +72,11 @@ def read_architecture(name: str, *, of_llm: bool = False) -> PretrainedConfig:
 
 def fetched(name: str) -> Path:
     """The folder of a hub repository's `config.json`. Raises ValueError."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(name, "config.json")).parent
-    except Exception as error:
+        return resolve_folder(name, "config")
+    except ValueError as error:
         llms, towers = ", ".join(LLMS | OTHER_LLMS), ", ".join(TOWERS | OTHER_TOWERS)
         raise ValueError(
             f"model: {name} is no folder, no config.json and no architecture known without network ({llms}; behind a "
-            f"plus {towers}), and could not be fetched from the hub: {str(error).splitlines()[0]}"
+            f"plus {towers}); {error}"
         ) from error

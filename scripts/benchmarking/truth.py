@@ -174,7 +174,7 @@ def lines_of_kernels(worst: dict[str, tuple[float, float, str]], missing: Iterab
 
 
 def check_kernels(device: torch.device) -> str:
-    """Attention alone at true sizes: heads 32 and 28, grouped and not, of 128; segments from 1 token on, and a window."""
+    """Attention alone at true sizes: heads of 128, grouped and not; segments from 1 token on; a window."""
     kernels, missing = kernels_of(device)
     lengths, window = ([1, 1500, 129, 2048, 7], 1024) if device.type == "cuda" else ([1, 30, 65, 7], 24)
     borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

@@ -22,6 +22,7 @@ from llava_next.data.inputs.samples import common_reasons
 from llava_next.model.folders.adapters import CONFIG, read_adapter
 from llava_next.model.folders.check import ModelFolder, check_folder
 from llava_next.model.folders.check_adapter import check_adapter
+from llava_next.repositories import resolve_folder
 
 BATCH_SIZE = 8  # prompts of 3,000 tokens each, with their keys and values, beside a 7B model in 40 GB
 INSTALL = "pip install -c constraints.txt -e '.[eval]'"
@@ -30,9 +31,9 @@ TEMPLATE_CHECKS = ("chat template", "chats", "terminator")  # that a template of
 
 def score(args: Namespace) -> None:
     """Scores as the command line asks (`scripts/evaluate.py`). Raises ValueError for what cannot be asked so."""
-    folder = check_arguments(args)
     if not has_lmms_eval():
         raise ValueError(f"--tasks and --metric need lmms-eval: {INSTALL}")
+    folder = check_arguments(args)
     check_model(folder, args.keep_template)
     # lmms-eval imports a package `evaluate`: this folder's script must not stand in its way
     scripts = str(Path(__file__).parents[1])
@@ -84,10 +85,7 @@ def has_lmms_eval() -> bool:
 
 
 def check_arguments(args: Namespace) -> Path:
-    """The model folder. Raises ValueError."""
-    folder = Path(args.model)
-    if not folder.is_dir():
-        raise ValueError(f"--model {args.model} is no folder; give a model or adapter folder, such as RUN_DIR/model")
+    """The model folder, once all else is known to go together. Raises ValueError."""
     if args.tasks and args.metric:
         raise ValueError("--tasks and --metric: benchmarks have metrics of their own; score --json in a run of its own")
     if args.metric:
@@ -96,7 +94,7 @@ def check_arguments(args: Namespace) -> Path:
         raise ValueError("--out: give a folder for scores.json, samples and row")
     if args.data is not None and not args.data.is_dir():
         raise ValueError(f"--data {args.data} is not a folder")
-    return folder
+    return resolve_folder(args.model)
 
 
 def check_model(folder: Path, keep_template: bool) -> None:

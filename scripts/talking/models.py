@@ -17,6 +17,7 @@ from llava_next.model.folders.adapters import CONFIG as ADAPTER_CONFIG
 from llava_next.model.folders.adapters import adapter_base, read_adapter
 from llava_next.model.folders.check import ModelFolder
 from llava_next.model.forward.nf4 import bitsandbytes
+from llava_next.repositories import resolve_folder
 
 ASIDE = (".tmp", ".old")  # endings of folders that are being written or replaced
 BESIDE = ("tokenizer_config.json", "preprocessor_config.json")
@@ -110,11 +111,13 @@ def load(where: str) -> tuple[torch.nn.Module, object]:
     """Model and processor of a model folder, an adapter folder or a hub repository, on the GPU if there is one.
 
     Raises:
-        ValueError: it cannot be talked with, an adapter's base is not the one it was trained on, or peft is missing.
+        ValueError: as `resolve_folder`; it cannot be talked with, an adapter's base is not the one it was trained on,
+            or peft is missing.
         OSError: as transformers.
     """
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = str(resolve_folder(where))
     base = adapter_base(where)
     model = AutoModelForImageTextToText.from_pretrained(base or where, dtype="auto")
     if base:
@@ -136,7 +139,7 @@ def load(where: str) -> tuple[torch.nn.Module, object]:
 
 def geometry(where: str) -> AnyRes | None:
     """How a model cuts pictures; None for one that does it in another way."""
-    config = AutoConfig.from_pretrained(adapter_base(where) or where)
+    config = AutoConfig.from_pretrained(adapter_base(where) or resolve_folder(where, "config"))
     if config.model_type != "llava_next":
         return None
     vision = config.vision_config

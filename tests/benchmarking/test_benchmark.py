@@ -211,7 +211,7 @@ def test_all_of_a_gpu_ends_in_time_and_says_what_it_left_out(tmp_path, monkeypat
     monkeypatch.setattr(gpu_all, "JOBS", (*jobs, gpu_all.Job("late", ("true",), 5, least=100)))
     sleep = ["sh", "-c", "setsid sleep 61.5 & wait"]  # in a session of its own, as the launcher's ranks are
     commands = {
-        "kept": ["grep", "-q", "no word of why", str(tmp_path / "gpu-all-cuda.json")],  # of the job before, on disk by now
+        "kept": ["grep", "-q", "no word of why", str(tmp_path / "gpu-all-cuda.json")],  # on disk by now
         "sleep": sleep,
         "truth: good": ["true"],
         "truth: bad": ["sh", "-c", "echo beyond its bound >&2; exit 3"],

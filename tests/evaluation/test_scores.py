@@ -189,7 +189,7 @@ def run(monkeypatch, *arguments) -> Result:
     [
         (["--tasks", "gqa", "--metric", "anls"], "benchmarks have metrics of their own"),
         (["--tasks", "gqa"], "--out: give a folder"),
-        (["--tasks", "gqa", "--out", "OUT", "--model", "nowhere"], "--model nowhere is no folder"),
+        (["--tasks", "gqa", "--out", "OUT", "--model", "nowhere"], "nowhere is neither a folder nor a hub repository"),
         (["--tasks", "gqa", "--out", "OUT", "--data", "nowhere"], "--data nowhere is not a folder"),
         (["--json", "x.json", "--metric", "anls", "--out", "OUT", "--name", "a/b"], "--name 'a/b': give letters"),
         (["--shards", "s", "--metric", "anls", "--out", "OUT"], "--name: how is the score"),

@@ -57,5 +57,5 @@ def test_a_run_takes_no_stand_in():
     with pytest.raises(ValueError, match=r"data.sources: .*can be planned with \(--dry_run\), not trained on"):
         parse_run([*given, "profile:mix665k"])
     config, _ = parse_run([*given, "shards", "--dry_run", "--model", "nobody/nothing"])
-    with pytest.raises(ValueError, match=r"no architecture known without network .*could not be fetched"):
+    with pytest.raises(ValueError, match=r"no architecture known without network .*`hf download nobody/nothing`"):
         plan_parts(config)

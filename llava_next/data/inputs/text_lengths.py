@@ -8,7 +8,7 @@ import numpy as np
 from llava_next.data.format.index import Lengths
 from llava_next.data.format.tar import BadSample
 from llava_next.own_template import NAMES, template_for
-from llava_next.paths import folder_or_name
+from llava_next.repositories import resolve_folder
 from llava_next.tokenise import IGNORE_INDEX, IMAGE_TOKEN, fingerprint
 
 
@@ -31,7 +31,7 @@ class TextLength:
             raise ValueError(f"--tokenizer {argument}: expected NAME_OR_FOLDER:template, one of {', '.join(NAMES)}")
         self.argument = argument
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder_or_name(name))
+            self.tokenizer = AutoTokenizer.from_pretrained(resolve_folder(name, "tokenizer"))
             self.template = template_for(template, self.tokenizer)
             if IMAGE_TOKEN not in self.tokenizer.get_vocab():
                 self.template.prepare_tokenizer(self.tokenizer)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
+from llava_next.repositories import hub_name
 from llava_next.templates import TEMPLATES
 
 CARD, CURVE = "README.md", "loss.png"
@@ -63,12 +64,6 @@ def part_of(role: str, given: str, folder: Path | None) -> dict:
     name = hub_name(folder) or (given if given.count("/") == 1 and not Path(given).exists() else "")
     stated = {key: value for key, value in _metadata(folder).items() if key in LICENCE and isinstance(value, str)}
     return {"role": role, "name": name or folder.resolve().name, "on_hub": bool(name), **stated}
-
-
-def hub_name(folder: Path) -> str:
-    """`ORG/NAME` of a repository in the hub's cache; empty for another folder."""
-    found = re.search(r"/models--(.+?)--([^/]+)/snapshots/", f"{folder.absolute()}/")
-    return f"{found[1]}/{found[2]}" if found else ""
 
 
 def read_story(folder: Path) -> Story:

@@ -27,10 +27,11 @@ from llava_next.model.folders.card import Story, part_of, write_card
 from llava_next.model.folders.check import check_folder
 from llava_next.model.folders.companions import write_companions
 from llava_next.model.folders.export import MAX_FILE_BYTES, file_key, made_aside, write_config, write_weights
-from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, read_config, resolve_folder, seeded
+from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, read_config, seeded
 from llava_next.model.forward.kinds import TOWER_KINDS, check_language_model, check_tower, tower_kind
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, used_layers
 from llava_next.own_template import template_for
+from llava_next.repositories import cure, resolve_folder
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN
 
 TOWER, LLM = "vision tower", "language model"  # roles
@@ -61,7 +62,7 @@ def vision_part(name: str) -> Part:
     Raises:
         ValueError: a tower of another kind, a folder without config or weights.
     """
-    config = read_config(resolve_folder(name, config_only=True))  # refused before its weights are fetched
+    config = read_config(resolve_folder(name, "config"))  # refused before its weights are fetched
     config = getattr(config, "vision_config", config)
     check_tower(config, name)
     folder = resolve_folder(name)
@@ -89,7 +90,7 @@ def llm_part(name: str) -> Part:
     Raises:
         ValueError: a model of another kind, a folder without config or weights.
     """
-    config = read_config(resolve_folder(name, config_only=True))  # refused before its weights are fetched
+    config = read_config(resolve_folder(name, "config"))  # refused before its weights are fetched
     check_language_model(config, name)
     folder = resolve_folder(name)
     weights, origin = CheckpointWeights(folder), part_of(LLM, name, folder)
@@ -293,11 +294,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, or only a slow one.
     """
-    folder = resolve_folder(name)
+    folder = resolve_folder(name, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no tokenizer could be loaded ({error}); give the language model's own") from error
+        cures = f"give the language model's own, or {cure(folder)}"
+        raise ValueError(f"{folder}: no tokenizer could be loaded ({error}); {cures}") from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"{folder}: {type(tokenizer).__name__} is a slow tokenizer, which does not tell where in a text its tokens "

@@ -16,36 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from llava_next.model.forward.kinds import LANGUAGE_KINDS, TOWER_KINDS
-from llava_next.paths import local_path
-
-# the README for the licence that it states
-BESIDE = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
-
-
-def resolve_folder(name: str, *, config_only: bool = False) -> Path:
-    """A local folder, or the local copy of a hub repository (weights in safetensors where it has them).
-
-    Args:
-        config_only: of a repository fetch `config.json` alone.
-
-    Raises:
-        ValueError: neither a folder nor a repository that can be reached.
-    """
-    folder = local_path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ValueError(f"{name} is neither a folder nor a hub repository (owner/name): give one of them")
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
-    try:
-        if config_only:
-            return Path(hf_hub_download(name, "config.json")).parent
-        files = HfApi().list_repo_files(name)
-        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
-        return Path(snapshot_download(name, allow_patterns=[weights, *BESIDE]))
-    except Exception as error:
-        raise ValueError(f"{name} is not a local folder and could not be fetched from the hub: {error}") from error
+from llava_next.repositories import cure
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -59,7 +30,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         raw = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise ValueError(f"{folder}/config.json is damaged ({error}): fetch it again") from error
+        raise ValueError(f"{folder}/config.json is damaged ({error}): {cure(folder)}") from error
     kind, why = raw.get("model_type"), "which this transformers does not know"
     try:
         if kind in CONFIG_MAPPING:
@@ -98,7 +69,7 @@ class CheckpointWeights:
         if missing := [(key, file) for key, file in self._file_of.items() if key not in found[file]]:
             raise ValueError(
                 f"{folder}: {len(missing)} tensors are not in the files that the index names for them, e.g. "
-                f"{missing[0][0]} in {missing[0][1]}; fetch the checkpoint again"
+                f"{missing[0][0]} in {missing[0][1]}; {cure(folder)}"
             )
         self.shapes = {key: found[file][key] for key, file in self._file_of.items()}
 
@@ -111,13 +82,13 @@ class CheckpointWeights:
                 if missing:
                     raise ValueError(
                         f"{self.folder}: {index.name} names {len(missing)} files that are not there: "
-                        f"{', '.join(missing[:5])}; finish the download or copy them"
+                        f"{', '.join(missing[:5])}; {cure(self.folder)}"
                     )
                 return file_of
             if (self.folder / single).exists():
                 return dict.fromkeys(self._header(single), single)
         raise ValueError(
-            f"{self.folder}: no model.safetensors, no pytorch_model.bin and no index of either: fetch its weights"
+            f"{self.folder}: no model.safetensors, no pytorch_model.bin and no index of either: {cure(self.folder)}"
         )
 
     def _header(self, file: str) -> dict[str, torch.Size]:
@@ -128,7 +99,7 @@ class CheckpointWeights:
                     return {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
             tensors = torch.load(path, map_location="meta", weights_only=True)
         except (SafetensorError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+            raise ValueError(f"{path} cannot be read ({error}); {cure(self.folder)}") from error
         return {key: tensor.shape for key, tensor in tensors.items()}
 
     def names(self) -> list[str]:
