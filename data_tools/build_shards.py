@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 
 from building.cutting import Cutter, add_geometry_arguments, geometry
 from building.inputs import add_input_arguments, check_expected, list_input
@@ -60,14 +61,9 @@ def build(options: argparse.Namespace) -> None:
     started = time.monotonic()
     output = Output(options.out)
     cutter = make_cutter(options)
-    listing = list_input(options, options.seed)
-    if options.source is not None:
-        listing = listing.from_one_source(options.source)
-    if options.expect is not None:
-        check_expected(options.expect, listing)
     plan = Plan(
-        listing.sha256,
-        len(listing),
+        "",
+        0,
         cutter.anyres,
         options.codec,
         options.quality,
@@ -79,6 +75,13 @@ def build(options: argparse.Namespace) -> None:
         cutter.template and cutter.template.name,
         options.allow_text_image_token,
     )
+    output.check(plan)
+    listing = list_input(options, options.seed)
+    if options.source is not None:
+        listing = listing.from_one_source(options.source)
+    if options.expect is not None:
+        check_expected(options.expect, listing)
+    plan = replace(plan, input_sha256=listing.sha256, samples=len(listing))
     if output.is_complete(plan):
         print(f"{options.out} is complete already and was built from this input with these arguments; nothing to do")
         return

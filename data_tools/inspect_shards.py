@@ -25,7 +25,7 @@ from llava_next.data.format.tar import one_line
 from llava_next.data.inputs.samples import model_template
 from llava_next.data.inputs.unbuilt import records_file
 from llava_next.data.storage.client import written_aside
-from llava_next.paths import local_path
+from llava_next.paths import output_file
 from llava_next.training.planning import with_default_budgets
 from llava_next.training.recipe.config import RunConfig, parse_run
 from llava_next.training.setup import Parts, load_parts, open_mixture, read_model_config
@@ -120,7 +120,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     known = [
-        add("--html", type=local_path, metavar="FILE", help="write the report as a page"),
+        add("--html", type=output_file, metavar="FILE", help="write the report as a page"),
         add("--verify", action="store_true", help="read everything"),
         add("--config", metavar="RECIPE.yaml", help="the run to inspect for: a recipe, or config.yaml of a run folder"),
         add("--model", metavar="DIR", help="LLaVA-NeXT model folder, where the recipe names none"),

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_next.paths import local_path
+from llava_next.paths import output_folder
 
 FORMAT_VERSION = 1
 MANIFEST = "digits.json"
@@ -326,7 +326,7 @@ def show_progress(folders: Iterable[list], total: int) -> Iterator[list]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=local_path, required=True, help="folder to write")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder to write")
     parser.add_argument("--train", type=int, default=16000, help="training samples (default: %(default)s)")
     parser.add_argument("--held_out", type=int, default=500, help="held-out samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other pictures (default: %(default)s)")
@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         made = build(**vars(options))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"make_digits: {error}")
     what = f"{options.train} training and {options.held_out} held-out samples in {options.out}"
     print(f"made {what}" if made else f"{what} are complete already, nothing to do")

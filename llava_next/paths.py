@@ -61,13 +61,55 @@ def local_path(text: str | os.PathLike) -> Path:
 
 
 @shown_as("path")
+def output_file(text: str | os.PathLike) -> Path:
+    """A local path to write a file to. Where it cannot be is found here, before any work.
+
+    Raises:
+        PathError: as `local_path`; a folder, or in a folder that is not there or cannot be written to.
+    """
+    path = local_path(text)
+    if path.is_dir():
+        raise PathError(f"{path} is a folder: give a file's name in it")
+    if not path.parent.is_dir():
+        raise PathError(f"{path}: there is no folder {path.parent}; make it, or give another place")
+    check_writable(path.parent)
+    return path
+
+
+@shown_as("path")
+def output_folder(text: str | os.PathLike) -> Path:
+    """A local folder to write into, which need not be there. Raises PathError as `output_file`."""
+    path = local_path(text)
+    nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise PathError(f"{path}: {nearest} is no folder; give another place")
+    check_writable(nearest)
+    return path
+
+
+@shown_as("path")
+def new_folder(text: str | os.PathLike) -> Path:
+    """A local folder that is to be made: not there yet, or empty. Raises PathError as `output_folder`."""
+    path = output_folder(text)
+    if path.is_dir() and any(path.iterdir()):
+        raise PathError(f"{path} is not empty; give a new folder or remove it")
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises PathError: nothing can be put into that folder."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PathError(f"{folder} cannot be written to; give another place, or the right to")
+
+
+@shown_as("path")
 def drawing_path(text: str | os.PathLike) -> Path:
     """A local path to draw a picture to, whose ending says in which format.
 
     Raises:
-        PathError: as `local_path`; or another ending than .png and .webp.
+        PathError: as `output_file`; or another ending than .png and .webp.
     """
-    path = local_path(text)
+    path = output_file(text)
     if path.suffix not in (".png", ".webp"):
         raise PathError(f"{path}: give a name that ends in .png or .webp")
     return path

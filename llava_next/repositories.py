@@ -52,7 +52,7 @@ def _why_not_fetched(name: str, error: Exception) -> str:
 
     if is_offline_mode():
         return f"not in the hub's cache ({HF_HUB_CACHE}), and HF_HUB_OFFLINE is set: {how_to_fetch(name)}"
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return f"could not be fetched from the hub: {said[:300]}. Check name and network, HF_TOKEN for a gated one"
 
 

@@ -25,7 +25,7 @@ from llava_next.model.folders.compose import (
     vision_part,
 )
 from llava_next.own_template import NAMES, template_for
-from llava_next.paths import folder_or_name, local_path
+from llava_next.paths import folder_or_name, local_path, new_folder
 from llava_next.templates import OWN, Template
 from llava_next.tokenise import listed
 
@@ -49,7 +49,7 @@ def main() -> None:
     about = "layer of the tower that features are taken from, as in hidden_states"
     parser.add_argument("--vision_feature_layer", type=int, default=FEATURE_LAYER, help=about)
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")
-    parser.add_argument("--out", type=local_path, required=True, help="new model folder")
+    parser.add_argument("--out", type=new_folder, required=True, help="new model folder")
     args = parser.parse_args()
     if not args.demo and not (args.vision and args.llm):
         parser.error("give --vision and --llm, or --demo")

@@ -32,7 +32,7 @@ from llava_next.data.format.pictures import open_rgb
 from llava_next.data.inputs.samples import common_reasons
 from llava_next.data.storage.client import written_aside
 from llava_next.model.folders.check import ModelFolder
-from llava_next.paths import drawing_path, folder_or_name, local_path
+from llava_next.paths import drawing_path, folder_or_name, local_path, output_file, output_folder, shown_as
 from llava_next.repositories import resolve_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "data_tools"))
@@ -54,6 +54,12 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
+@shown_as("path")
+def scores_place(text: str) -> Path:
+    """Where scores go: a .json file, or a folder. Raises PathError."""
+    return (output_file if text.endswith(".json") else output_folder)(text)
+
+
 def parse() -> Namespace:
     """What the command line asks for."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
@@ -62,7 +68,7 @@ def parse() -> Namespace:
     parser.add_argument("--tasks", help="benchmarks by their names in lmms-eval, separated by commas")
     parser.add_argument("--metric", choices=METRICS, help="score --json by lmms-eval (default: count exact answers)")
     parser.add_argument("--name", help="of the score of --json (default: the file's)")
-    parser.add_argument("--out", type=local_path, help="folder of scores; of exact answers also a .json file")
+    parser.add_argument("--out", type=scores_place, help="folder of scores; of exact answers also a .json file")
     parser.add_argument("--limit", type=int, default=0, help="samples to ask; 0: all")
     parser.add_argument("--batch_size", type=int, help="prompts at once (default: 50, by lmms-eval 8 a GPU)")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="of an answer to --json")

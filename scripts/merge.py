@@ -10,17 +10,15 @@ import sys
 
 from llava_next.model.folders.adapters import merge_adapter
 from llava_next.model.folders.check import check_folder
-from llava_next.paths import local_path
+from llava_next.paths import local_path, new_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=local_path, required=True, help="base: the model folder it was trained on")
     parser.add_argument("--adapter", type=local_path, required=True, help="adapter folder, such as RUN_DIR/adapter")
-    parser.add_argument("--out", type=local_path, required=True, help="new folder")
+    parser.add_argument("--out", type=new_folder, required=True, help="new folder")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        sys.exit(f"error: --out: {args.out} is there already; give a new folder")
     try:
         merge_adapter(args.model, args.adapter, args.out)
     except (ValueError, OSError) as error:

@@ -11,10 +11,11 @@ stand in the card of its model; --record adds a run to scripts/benchmarks/ledger
 
 import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 
-from llava_next.paths import local_path
+from llava_next.paths import local_path, output_file, output_folder
 from reproducing.digits import ENVIRONMENT, digits_steps, verdict
 from reproducing.steps import Step, Stopped, run_steps, script
 
@@ -41,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("name", nargs="?", help="a recipe, such as vicuna-7b, or digits")
     add("--run", action="store_true", help="walk the path instead of printing it")
     add("--step", metavar="PART", help="walk this part of the path only, without headings")
-    add("--out", type=local_path, help="folder for all that is made (default: demo for digits, else runs/NAME)")
+    add("--out", type=output_folder, help="folder for all that is made (default: demo for digits, else runs/NAME)")
     add("--data", type=local_path, default=Path("data"), help="folder of the published data sets (default: data)")
     add("--shards", help="folder or URL for the built data sets (default: OUT/shards)")
     add("--mix", default="mix665k", choices=("mix665k", "mix1m"), help="data of stage 2 (default: mix665k)")
@@ -51,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pinpoints", help="digits only: canvases as [[height, width], ...]")
     add("--record", type=local_path, metavar="RUN_DIR", help="add a finished run to the ledger")
     add("--scores", type=local_path, help="of --record: scores.json, or exact answers as a .json file")
-    add("--ledger", type=local_path, help="file of the ledger (default: scripts/benchmarks/ledger.jsonl)")
+    add("--ledger", type=output_file, help="file of the ledger (default: scripts/benchmarks/ledger.jsonl)")
     args = parser.parse_args(arguments)
     if not args.record:
         check_name(parser, args.name)
@@ -97,7 +98,7 @@ def published(args: argparse.Namespace) -> None:
 
     if args.pinpoints:
         raise ValueError("--pinpoints is for digits; a recipe's canvases are the published ones")
-    hardware, is_walked = parse_hardware(args.machine), bool(args.run or args.step)
+    hardware, is_walked = parse_hardware(args.machine, "--machine"), bool(args.run or args.step)
     launch = launch_here(args) if is_walked else launch_words(hardware)
     mix = next(source for source in MIXES if source.name == args.mix)
     places = Places(args.data, args.shards or str(args.out / "shards"), args.out, mix)
@@ -151,7 +152,8 @@ def launch_here(args: argparse.Namespace) -> list[str]:
     count = gpus_here() if args.gpus is None else args.gpus
     if not count:
         raise ValueError("--run: this machine has no GPU; without --run the path is printed")
-    return launch_words(parse_hardware(f"{count}x{args.machine.rpartition('x')[2]}"))
+    kind = re.split(r"(?<=\d)x", args.machine)[-1]
+    return launch_words(parse_hardware(f"{count}x{kind}", "--gpus"))
 
 
 def gpus_here() -> int:

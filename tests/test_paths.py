@@ -10,7 +10,7 @@ import build_shards
 import compose
 from llava_next.data.format.index import read_dataset
 from llava_next.data.storage.client import Storage
-from llava_next.paths import PathError, below, folder_or_name, local_path
+from llava_next.paths import PathError, below, folder_or_name, local_path, new_folder, output_file, output_folder
 from llava_next.training.checkpoints.recovery import checkpoint_places
 from llava_next.training.recipe.config import parse_run
 from support.builds import GEOMETRY, call, make_inputs
@@ -56,6 +56,36 @@ def test_what_is_no_local_path_is_said_without_secrets(given):
 def test_names_on_the_hub_stay_names(home):
     names = ("org/name", "./org/name", "name")
     assert [folder_or_name(name) for name in (*names, "~/org")] == [*names, f"{home}/org"]
+
+
+@pytest.mark.parametrize(
+    ("read", "given", "message"),
+    [
+        (output_file, "full/a", ""),
+        (output_file, "full", "full is a folder"),
+        (output_file, "none/a", "there is no folder .*none; make it"),
+        (output_file, "locked/a", "locked cannot be written to"),
+        (output_folder, "full", ""),
+        (output_folder, "none/deep/deeper", ""),
+        (output_folder, "full/a", "full/a is no folder"),
+        (output_folder, "full/a/b", "b: .*full/a is no folder"),
+        (output_folder, "locked/a/b", "locked cannot be written to"),
+        (new_folder, "empty", ""),
+        (new_folder, "none", ""),
+        (new_folder, "full", "full is not empty; give a new folder or remove it"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_when_the_option_is_read(tmp_path, monkeypatch, read, given, message):
+    for name in ("full", "empty", "locked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full/a").touch()
+    monkeypatch.setattr("os.access", lambda path, _: "locked" not in str(path))  # root may write anywhere
+    if not message:
+        assert read(tmp_path / given) == tmp_path / given
+    else:
+        with pytest.raises(PathError, match=message):
+            read(tmp_path / given)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize(

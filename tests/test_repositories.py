@@ -54,9 +54,7 @@ def test_of_what_is_not_cached_it_is_said_what_to_fetch(cached):
         resolve_folder("org/config")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     (folder / "model-2.safetensors").touch()
-    with pytest.raises(
-        ValueError, match=r"1 files that are not there: model-1\.safetensors; .*`hf download org/config`"
-    ):
+    with pytest.raises(ValueError, match=r"1 files that are not there: model-1\.safetensors; .*`hf download org/c"):
         CheckpointWeights(resolve_folder("org/config"))
     with pytest.raises(ValueError, match=r"(?s)no tokenizer could be loaded .*`hf download org/config`"):
         load_tokenizer("org/config")

@@ -34,6 +34,7 @@ from llava_next.data.inputs.samples import TURN_COUNTS, SampleMaker, common_reas
 from llava_next.data.inputs.text_lengths import fingerprints
 from llava_next.data.storage.client import Storage
 from llava_next.data.storage.lease import LEASE_FILE, Lease
+from llava_next.paths import output_folder
 from llava_next.progress import PROCESSES, Progress, worker_pool
 from llava_next.shuffling import permutation
 
@@ -116,32 +117,49 @@ class Output:
         return dict(self.storage.list())
 
     def is_complete(self, plan: Plan) -> bool:
-        """Whether the data set is there already, as planned.
+        """Whether the data set is there already, as planned. Raises ValueError as `check`, or it is damaged."""
+        info, label = self.check(plan), self.storage.label
+        if info is None:
+            return False
+        files = self.files()
+        for name, size in [(shard.name, shard.bytes) for shard in info.shards] + [(INDEX_FILE, info.index_bytes)]:
+            if files.get(name) != size:
+                raise ValueError(f"{label}/{name} is missing or was changed. Delete {label} and build it again.")
+        self.remove_state(files)
+        return True
+
+    def check(self, plan: Plan) -> DatasetInfo | None:
+        """The data set that is there already.
+
+        Args:
+            plan: its `input_sha256` is empty before the input is listed, which may take hours, and not compared then.
 
         Raises:
-            ValueError: another data set, another build, or somebody else's shards.
+            ValueError: no place to write to, another data set, another build, or somebody else's shards.
         """
+        if self.folder is not None:
+            output_folder(self.folder)
         files, label = self.files(), self.storage.label
+        asked = json.loads(json.dumps(plan.to_dict()))
+        if not plan.input_sha256:
+            del asked["input_sha256"], asked["samples"]
         if DATASET_FILE in files:
             info = DatasetInfo.from_json(self.storage.read_all(DATASET_FILE))
-            if not json.loads(json.dumps(plan.to_dict())).items() <= info.build.items():
+            if not asked.items() <= info.build.items():
                 raise ValueError(
                     f"{label} holds a data set from other input or arguments. Give another --out or delete it."
                 )
-            for name, size in [(shard.name, shard.bytes) for shard in info.shards] + [(INDEX_FILE, info.index_bytes)]:
-                if files.get(name) != size:
-                    raise ValueError(f"{label}/{name} is missing or was changed. Delete {label} and build it again.")
-            self.remove_state(files)
-            return True
+            return info
         if PLAN_FILE in files:
-            if Plan.from_json(self.storage.read_all(PLAN_FILE)) != plan:
+            there = Plan.from_json(self.storage.read_all(PLAN_FILE))
+            if not asked.items() <= json.loads(json.dumps(there.to_dict())).items():
                 raise ValueError(
                     f"{label} holds a build from other input or arguments that was not finished. Give another --out, "
                     "or delete it."
                 )
         elif any(name.endswith(".tar") and "/" not in name for name in files):
             raise ValueError(f"{label} holds tar files that this tool did not write. Give another --out.")
-        return False
+        return None
 
     def plan(self) -> Plan:
         """Of the build that lies here. Raises ValueError when there is none."""

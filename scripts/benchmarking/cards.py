@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarking.serving import ROOT
-from llava_next.paths import local_path
+from llava_next.paths import output_folder
 from llava_next.versions import installed
 
 CARDS = ROOT / "scripts" / "benchmarks"
@@ -25,7 +25,7 @@ PACKAGES += ("obstore", "webdataset", "pillow", "numpy", "pyarrow")
 
 def add_out(parser, default: Path = CARDS) -> None:
     """The option `--out`."""
-    parser.add_argument("--out", type=local_path, default=default, help="folder for the cards")
+    parser.add_argument("--out", type=output_folder, default=default, help="folder for the cards")
 
 
 def write_card(name: str, figures: dict, out: Path = CARDS) -> Path:

@@ -77,12 +77,15 @@ def test_jsonl_gives_the_same_shards(inputs, built, tmp_path):
     assert all(ours[name] == theirs[name] for name in ours if name != "dataset.json")
 
 
-def test_a_finished_build_is_not_repeated_and_never_mixed_with_another(inputs, built):
+def test_a_finished_build_is_not_repeated_and_never_mixed_with_another(inputs, built, monkeypatch):
     before = checksums(built), (built / "shard-000000.tar").stat().st_mtime_ns
     again = run(inputs, built)
     assert again.returncode == 0 and "nothing to do" in again.stdout
+    monkeypatch.setattr("build_shards.list_input", None)  # refused before the input is listed
     other = run(inputs, built, "--seed", 5)
     assert other.returncode == 1 and "holds a data set from other input or arguments" in other.stderr
+    other = run(inputs, built / "shard-000000.tar")
+    assert other.returncode == 1 and "shard-000000.tar is no folder; give another place" in other.stderr
     assert (checksums(built), (built / "shard-000000.tar").stat().st_mtime_ns) == before
 
 

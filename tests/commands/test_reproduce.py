@@ -89,6 +89,12 @@ def test_name_and_place_that_are_none_are_refused_with_what_there_is(tmp_path, c
     assert "did you mean qwen3-8b-siglip2?" in said("Qwen3-8B", capsys=capsys)
     with pytest.raises(SystemExit, match=r"--step shard: the parts are data, compose, shards, stage-1"):
         reproduce.main(["digits", "--step", "shard", "--gpus", "0", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: --machine 8xfoo: give a number of GPUs and their kind"):
+        reproduce.main(["vicuna-7b", "--machine", "8xfoo"])
+    with pytest.raises(SystemExit, match=r"error: --gpus 9xh100-80g: give 1 to 8 GPUs"):
+        reproduce.main(["vicuna-7b", "--run", "--gpus", "9"])
+    on_two = reproduce.parse(["vicuna-7b", "--machine", "8xrtx4090-24g", "--gpus", "2"])
+    assert reproduce.launch_here(on_two)[-2:] == ["--num_processes", "2"]
     missing = Places(tmp_path, str(tmp_path / "s"), tmp_path, MIXES[0]).missing()
     assert [Path(path).name for path in missing] == ["blip_laion_cc_sbu_558k.json", "images", "llava_v1_5_mix665k.json"]
     with pytest.raises(SystemExit, match=r"has no whole model/"):

@@ -31,6 +31,7 @@ from llava_next.model.folders.sources import CheckpointWeights, RandomWeights, r
 from llava_next.model.forward.kinds import TOWER_KINDS, check_language_model, check_tower, tower_kind
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration, used_layers
 from llava_next.own_template import template_for
+from llava_next.paths import new_folder
 from llava_next.repositories import cure, resolve_folder
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN
 
@@ -151,9 +152,7 @@ def compose(
             fails a check. Nothing is left of it.
         OSError: the folder cannot be written; nothing is left of it.
     """
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give a new folder or remove it")
+    out = new_folder(out)
     check_tower(vision.config, vision.weights.label)
     check_language_model(llm.config, llm.weights.label)
     template = template_for(template_name, tokenizer)

@@ -118,8 +118,11 @@ class Hardware:
         return self.world // self.per_node
 
 
-def parse_hardware(text: str) -> Hardware:
-    """The machine that `--as_if` means: `8xh100-80g`, GPUs of one kind in nodes of 8, or `2x4xh100-80g`, 2 nodes of 4.
+def parse_hardware(text: str, option: str = "--as_if") -> Hardware:
+    """The machine that a text means: `8xh100-80g`, GPUs of one kind in nodes of 8, or `2x4xh100-80g`, 2 nodes of 4.
+
+    Args:
+        option: by which it was given.
 
     Raises:
         ValueError: naming the kinds that are known.
@@ -127,14 +130,14 @@ def parse_hardware(text: str) -> Hardware:
     found = re.fullmatch(r"(?:(\d+)x)?(\d+)x([a-z].*)", text.lower())
     if not found or found[3] not in KINDS:
         raise ValueError(
-            f"--as_if {text}: give a number of GPUs and their kind, as 8xh100-80g, for several nodes 2x8xh100-80g; "
+            f"{option} {text}: give a number of GPUs and their kind, as 8xh100-80g, for several nodes 2x8xh100-80g; "
             f"kinds: {', '.join(KINDS)}"
         )
     count, (device, gib) = int(found[2]), KINDS[found[3]]
     per_node = count if found[1] else min(count, GPUS_PER_NODE)
     world = int(found[1] or 1) * count
     if not 1 <= per_node <= GPUS_PER_NODE or not world or world % per_node:
-        raise ValueError(f"--as_if {text}: give 1 to {GPUS_PER_NODE} GPUs, or whole nodes of {GPUS_PER_NODE}")
+        raise ValueError(f"{option} {text}: give 1 to {GPUS_PER_NODE} GPUs, or whole nodes of {GPUS_PER_NODE}")
     nodes = f", {world // per_node} nodes" if world > per_node else ""
     near, far = links(device)
     return Hardware(
