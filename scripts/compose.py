@@ -71,6 +71,7 @@ def parts(args):
     """Tower, language model and tokenizer that the command line asks for. Raises ValueError."""
     if args.template == OWN and (args.demo or (args.random_init and not args.tokenizer)):
         raise ValueError("--template own is that of a language model's tokenizer: name one (--tokenizer)")
+    names = ("", "")
     if args.demo:
         vision_config, llm_config = dry.demo_configs()
         args.pinpoints = args.pinpoints or dry.DEMO_PINPOINTS
@@ -79,6 +80,7 @@ def parts(args):
     elif args.random_init:
         found = dry.architecture(args.vision), dry.architecture(args.llm, of_llm=True)
         vision_config, llm_config = (dry.scaled(config, args.scale) for config in found)
+        names = [architecture_name(given, args.scale) for given in (args.vision, args.llm)]
         if args.tokenizer:
             tokenizer = load_tokenizer(args.tokenizer)
         else:
@@ -90,7 +92,16 @@ def parts(args):
                     setattr(llm_config, name, getattr(tokenizer, name))
     else:
         return vision_part(args.vision), llm_part(args.llm), load_tokenizer(args.tokenizer or args.llm)
-    return random_part(vision_config, args.seed), random_part(llm_config, args.seed), tokenizer
+    vision, llm = (
+        random_part(config, args.seed, name) for config, name in zip((vision_config, llm_config), names, strict=True)
+    )
+    return vision, llm, tokenizer
+
+
+def architecture_name(given: str, scale: str) -> str:
+    """What the card calls an architecture: its published name or its folder's, and how it was shrunk."""
+    name = given if given in dry.ARCHITECTURES else Path(given).resolve().name
+    return name if scale == "full" else f"{name}, {scale}"
 
 
 def undeclared_note(template: Template, tokenizer) -> list[str]:

@@ -59,8 +59,12 @@ def versions() -> dict[str, str]:
     return ours | installed(PACKAGES)
 
 
-def stage_of(config: RunConfig, mixture: Mixture) -> dict:
-    """The run as a stage of `Story.stages`, but for its losses and steps done."""
+def stage_of(config: RunConfig, mixture: Mixture, steps: int | None = None) -> dict:
+    """The run as a stage of `Story.stages`, but for its losses and steps done.
+
+    Args:
+        steps: done; None: those that it is to do.
+    """
     infos = zip(mixture.plan_sources, mixture.infos, mixture.indexes, strict=True)
     return {
         "title": "stage 1" if config.data.template == "plain" else "stage 2, LoRA" if config.lora else "stage 2",
@@ -68,20 +72,22 @@ def stage_of(config: RunConfig, mixture: Mixture) -> dict:
             {"name": source.name, "samples": info.samples, "weight": float(source.repeat), "index": index.hash()[:16]}
             for source, info, index in infos
         ],
-        "recipe": recipe_of(config, mixture.total_steps),
+        "recipe": recipe_of(config, mixture.total_steps, steps),
         "versions": versions(),
     }
 
 
-def recipe_of(config: RunConfig, total_steps: int) -> dict[str, str]:
-    """What decides what is learned, label -> text."""
+def recipe_of(config: RunConfig, total_steps: int, steps: int | None = None) -> dict[str, str]:
+    """What decides what is learned, label -> text; `steps` as `stage_of`."""
     data, optim, lora = config.data, config.optim, config.lora
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    steps = min(total_steps, config.max_steps or total_steps) if steps is None else steps
+    is_whole = steps == total_steps
     found = {
         "trained": describe_rates(asdict(optim.rates)),
         "samples a step": str(data.batch_size),
-        "steps": f"{min(total_steps, config.max_steps or total_steps):,}",
-        "epochs": str(data.epochs),
+        "steps": f"{steps:,}" if is_whole else f"{steps:,} of {total_steps:,}",
+        "epochs": f"{data.epochs}" if is_whole else f"{data.epochs * steps / total_steps:.3g} of {data.epochs}",
         "longest sample": f"{data.max_length:,} tokens",
         "template": data.template,
         "pictures": data.images,
@@ -133,7 +139,7 @@ def card_writer(config: RunConfig, mixture: Mixture, step: int) -> Callable[[Pat
     def write(folder: Path) -> None:
         try:
             story, losses = told_start(config), losses_of(Path(config.run_dir), step)
-            stage = stage_of(config, mixture) | {"loss": thinned(losses), "steps": step}
+            stage = stage_of(config, mixture, step) | {"loss": thinned(losses), "steps": step}
             story.stages = [*story.stages, stage]
             story.datasets = list(dict.fromkeys([*story.datasets, *hub_data(config)]))
             write_card(folder, story, config.push_to_hub)

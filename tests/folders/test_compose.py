@@ -197,6 +197,7 @@ def test_random_init_makes_a_folder_that_stock_transformers_loads(vision, llm, t
     assert config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
     assert config.text_config.vocab_size % 64 == 0 and len(tokenizer) <= config.text_config.vocab_size
     check_vocabulary(tokenizer, config.text_config.vocab_size)
+    assert f"| language model | {llm}, tiny (random weights) | none |" in (tmp_path / "model/README.md").read_text()
 
 
 def test_thin_model_has_the_special_ids_of_its_small_tokenizer(tmp_path, monkeypatch):

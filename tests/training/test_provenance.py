@@ -9,12 +9,20 @@ from llava_next.training.recipe.config import DataConfig, RunConfig, Source
 
 def test_every_option_that_changes_what_is_learned_is_told():
     plain = recipe_of(RunConfig(), 5198)
-    assert plain["steps"] == "5,198" and plain["samples a step"] == "128" and "other options" not in plain
+    assert (
+        (plain["steps"], plain["epochs"]) == ("5,198", "1")
+        and plain["samples a step"] == "128"
+        and "other options" not in plain
+    )
     assert plain["trained"] == "llm at 2e-05, projector at 2e-05, vision at 2e-06, newline at 2e-05"
     run = RunConfig(lora=Lora(r=8, alpha=16), compile_layers=True, max_steps=10, log_every=3, seed=7)
     run.data.keep_template = True
     told = recipe_of(run, 5198)
-    assert told["adapters"] == "r 8, scale 2, dropout 0.05, in llm" and told["steps"] == "10" and told["seed"] == "7"
+    assert told["adapters"] == "r 8, scale 2, dropout 0.05, in llm" and told["seed"] == "7"
+    assert (told["steps"], told["epochs"]) == ("10 of 5,198", "0.00192 of 1")
+    run.data.epochs = 2  # a folder on the way says what it has seen, not what the run is to see
+    halfway = recipe_of(run, 5198, 2599)
+    assert (halfway["steps"], halfway["epochs"]) == ("2,599 of 5,198", "1 of 2")
     assert told["other options"] == "data.keep_template True, compile_layers True"
 
 

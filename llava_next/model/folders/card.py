@@ -57,10 +57,10 @@ def part_of(role: str, given: str, folder: Path | None) -> dict:
 
     Args:
         given: what the user named: a folder or a repository.
-        folder: where it lies; None: it has random weights.
+        folder: where it lies; None: it has random weights, and `given` is its architecture.
     """
     if folder is None:
-        return {"role": role, "name": "random weights", "on_hub": False}
+        return {"role": role, "name": f"{given} (random weights)", "on_hub": False}
     name = hub_name(folder) or (given if given.count("/") == 1 and not Path(given).exists() else "")
     stated = {key: value for key, value in _metadata(folder).items() if key in LICENCE and isinstance(value, str)}
     return {"role": role, "name": name or folder.resolve().name, "on_hub": bool(name), **stated}

@@ -112,11 +112,15 @@ def _has_own_head(weights: CheckpointWeights) -> bool:
     return not torch.equal(weights.get(HEAD), weights.get(EMBEDDING))
 
 
-def random_part(config: PretrainedConfig, seed: int) -> Part:
-    """A part with the architecture of `config` and seeded random weights."""
+def random_part(config: PretrainedConfig, seed: int, name: str = "") -> Part:
+    """A part with the architecture of `config` and seeded random weights.
+
+    Args:
+        name: of the architecture, for the card; without it its kind.
+    """
     is_tower = config.model_type in TOWER_KINDS
     auto_class = AutoModel if is_tower else AutoModelForCausalLM
-    origin = part_of(TOWER if is_tower else LLM, "", None)
+    origin = part_of(TOWER if is_tower else LLM, name or config.model_type, None)
     return Part(config, RandomWeights.of(config, auto_class, seed), origin=origin)
 
 
