@@ -52,9 +52,8 @@ def test_licence_is_what_the_parts_state_where_they_agree(tmp_path, licences, ex
 
 def test_random_weights_and_local_folders_are_no_base_models(tmp_path):
     (tmp_path / "mine").mkdir()
-    write_card(
-        tmp_path, Story([part_of("tower", "org/clip", None), part_of("llm", str(tmp_path / "mine"), tmp_path / "mine")])
-    )
+    tower = part_of("tower", "org/clip", None)
+    write_card(tmp_path, Story([tower, part_of("llm", str(tmp_path / "mine"), tmp_path / "mine")]))
     text = (tmp_path / "README.md").read_text()
     assert "base_model" not in text and "license" not in text and str(tmp_path) not in text
     assert "| tower | org/clip (random weights) | none |" in text and "| llm | mine | none |" in text
