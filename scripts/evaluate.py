@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from evaluation.metrics import METRICS
 from evaluation.questions import Question, read_questions
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
 from llava_next.data.format.pictures import open_rgb
+from llava_next.data.inputs.listing import Listing
 from llava_next.data.inputs.samples import common_reasons
 from llava_next.data.storage.client import written_aside
 from llava_next.model.folders.check import ModelFolder
@@ -57,7 +59,7 @@ def main() -> None:
 @shown_as("path")
 def scores_place(text: str) -> Path:
     """Where scores go: a .json file, or a folder. Raises PathError."""
-    return (output_file if text.endswith(".json") else output_folder)(text)
+    return (output_file if str(text).endswith(".json") else output_folder)(text)
 
 
 def parse() -> Namespace:
@@ -95,6 +97,12 @@ def ask_exactly(args: Namespace) -> None:
     listing = list_input(args)
     folder = resolve_folder(args.model)
     scores = score_folder(args, folder)
+    with scores.hold() if scores else nullcontext():
+        count_exact(args, listing, folder, scores)
+
+
+def count_exact(args: Namespace, listing: Listing, folder: Path, scores: ScoreFolder | None) -> None:
+    """What `ask_exactly` does in its place. Raises ValueError, OSError."""
     logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     engine = Transformers(folder, device)

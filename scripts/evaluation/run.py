@@ -17,7 +17,7 @@ import torch
 from building.inputs import list_input
 from evaluation.metrics import METRICS
 from evaluation.questions import Question, read_questions
-from evaluation.scores import Sample, Score, model_hash, open_scores, score_name
+from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
 from llava_next.data.inputs.samples import common_reasons
 from llava_next.model.folders.adapters import CONFIG, read_adapter
 from llava_next.model.folders.check import ModelFolder, check_folder
@@ -42,11 +42,6 @@ def score(args: Namespace) -> None:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-        from evaluation.answers import Answers
-        from evaluation.engines import start_engine
-        from evaluation.model import LlavaNext, SampleError
-        from evaluation.tasks import OwnQuestions, Tasks
-
     # the first process to end waits for the others
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()  # several processes without a GPU must be told
@@ -56,6 +51,22 @@ def score(args: Namespace) -> None:
     # read by one process, known to all
     hashes = [model_hash(folder) if accelerator.is_main_process else None]
     out = open_scores(args.out, args.model, broadcast_object_list(hashes)[0], args.backend, base)
+    with out.hold() if accelerator.is_main_process else contextlib.nullcontext():
+        score_tasks(args, folder, base, out, accelerator, device)
+        if accelerator.is_main_process:
+            print(f"\n{out.row()}\n{args.out / 'scores.json'}")
+
+
+def score_tasks(
+    args: Namespace, folder: Path, base: ModelFolder, out: ScoreFolder, accelerator, device: torch.device
+) -> None:
+    """Scores, one after the other, what the command line asks for. Raises ValueError."""
+    with quiet():
+        from evaluation.answers import Answers
+        from evaluation.engines import start_engine
+        from evaluation.model import LlavaNext, SampleError
+        from evaluation.tasks import OwnQuestions, Tasks
+
     engine = start_engine(args.backend, folder, device)
     if args.tasks:
         manager = Tasks(args.data, args.own_tasks)
@@ -76,8 +87,6 @@ def score(args: Namespace) -> None:
         if accelerator.is_main_process:
             entry = out.add(found)
             print(f"{found.name}: {entry['metric']} {entry['value']:.4f} of {entry['samples']} samples", flush=True)
-    if accelerator.is_main_process:
-        print(f"\n{out.row()}\n{args.out / 'scores.json'}")
 
 
 def has_lmms_eval() -> bool:

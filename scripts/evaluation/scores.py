@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.published import comparable, noise, published_scores, row
-from llava_next.data.storage.client import written_aside
+from llava_next.data.storage.client import Storage, written_aside
+from llava_next.data.storage.lease import Lease
 from llava_next.model.folders.adapters import CONFIG, read_adapter
 from llava_next.model.folders.check import ModelFolder
 from llava_next.model.folders.companions import COMPANION_FILES
@@ -101,6 +103,15 @@ class ScoreFolder:
                     "another folder"
                 )
         return scores
+
+    def hold(self) -> Lease:
+        """The right to score into this folder, for as long as the block lasts. Raises LeaseHeld: another process has
+        it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        cure = "Two at once lose scores: wait for it or end it (it goes on when started again), or give another --out"
+        lease = Lease(Storage(self.path), "scoring", cure).take(say=lambda text: print(text, file=sys.stderr))
+        self.scores = self._read()  # what it has added meanwhile
+        return lease
 
     def check_limit(self, name: str, limit: int) -> None:
         """Refuses to replace a score by one of fewer samples. Raises ValueError."""

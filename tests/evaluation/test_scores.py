@@ -14,6 +14,7 @@ from evaluation.questions import Question
 from evaluation.run import read_score
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash
 from llava_next.data.format.tar import BadSample
+from llava_next.data.storage.lease import LeaseHeld
 from support.builds import Result, call
 from support.tiny import tiny_pair
 
@@ -158,6 +159,18 @@ def test_scores_of_one_model_come_together_and_no_other_models(tmp_path):
     (tmp_path / "scores.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no scores"):
         folder(tmp_path)
+
+
+def test_one_scoring_at_a_time_in_a_folder_and_the_next_finds_its_scores(tmp_path):
+    first, second = (folder(tmp_path / "scores") for _ in range(2))
+    with first.hold():
+        with pytest.raises(LeaseHeld, match=r"is in use by another scoring: process .* or give another --out"):
+            second.hold()
+        first.add(SCORE)
+    with second.hold():
+        second.add(replace(SCORE, name="other"))
+    assert list(json.loads((tmp_path / "scores/scores.json").read_text())["scores"]) == ["mine", "other"]
+    assert not (tmp_path / "scores/lease.json").exists()
 
 
 @pytest.fixture(scope="module")
