@@ -121,7 +121,7 @@ class Answerer:
 
         Args:
             put: called with each event, a dict with its name under `event`.
-            stop: ends the answer early once it is set.
+            stop: ends the answer early once it is set, also before its first token; only loading goes to its end.
         """
         try:
             if not stop.is_set():
@@ -134,6 +134,8 @@ class Answerer:
         if self.loaded is None or self.loaded.choice != choice:
             put({"event": "loading"})
         _, model, processor = self.load(choice)
+        if stop.is_set():
+            return
         notes: list[str] = []
         options = {"max_new_tokens": asked.max_new_tokens, "temperature": asked.temperature}
         chat = start(model, processor, self.system, notes.append, **options)

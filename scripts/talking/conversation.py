@@ -1,5 +1,6 @@
 """One chat: questions, pictures and answers, with stock transformers only."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import NamedTuple
@@ -150,19 +151,14 @@ class Chat:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures, made, left = [], [], Event()
 
-        def asked(ids: torch.Tensor, *_, **__) -> torch.Tensor:
-            return torch.full((len(ids),), stop.is_set() or left.is_set(), device=ids.device)
-
         def run() -> None:
             try:
-                made.append(
-                    self.model.generate(
-                        **inputs, **options, max_new_tokens=most, streamer=streamer, stopping_criteria=[asked]
-                    )
-                )
+                with stoppable(self.model, stop, left):
+                    made.append(self.model.generate(**inputs, **options, max_new_tokens=most, streamer=streamer))
             except Exception as error:
-                failures.append(error)
-                streamer.end()
+                if not isinstance(error, Stopped):
+                    failures.append(error)
+                streamer.end()  # what it holds back is shown
 
         thread = Thread(target=run, daemon=True)
         thread.start()
@@ -173,11 +169,33 @@ class Chat:
             thread.join()
         if failures:
             raise RuntimeError(f"the model could not answer: {one_line(failures[0])}") from failures[0]
-        self.is_cut = self._is_cut(made[0][0, length:].tolist(), most)
+        self.is_cut = bool(made) and self._is_cut(made[0][0, length:].tolist(), most)
 
     def _is_cut(self, new: list[int], most: int) -> bool:
         ends = self.model.generation_config.eos_token_id
         return len(new) >= most and new[-1] not in (ends if isinstance(ends, list) else [ends])
+
+
+class Stopped(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@contextmanager
+def stoppable(model: torch.nn.Module, *stops: Event):
+    """Has a forward raise `Stopped` before its next layer once one of the events is set: that of a long prompt may take
+    minutes, in which there is no token to stop at."""
+
+    def look(*_) -> None:
+        if any(stop.is_set() for stop in stops):
+            raise Stopped
+
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    hooks = [layer.register_forward_pre_hook(look) for stack in stacks for layer in stack]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def start(model: torch.nn.Module, processor: object, system: str | None = None, note=print, **options) -> Chat:

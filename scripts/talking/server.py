@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Event
@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from talking.answering import Answerer, read_asked
+from talking.answering import Answerer, Asked, read_asked
 from talking.models import choices
 from talking.pictures import MAX_BYTES
 
@@ -73,84 +73,101 @@ async def body_of(request: Request, most: int) -> bytes:
     return bytes(data)
 
 
-def make_app(answerer: Answerer, defaults: dict, hosts: list[str]) -> Starlette:
-    """The application.
+class Requests:
+    """What the page asks, each by a method.
 
     Args:
         defaults: `max_new_tokens` and `temperature` that the page begins with.
-        hosts: names that it may be asked under; `*`: any.
     """
-    running: set[asyncio.Task] = set()
-    turn = asyncio.Lock()  # one answer at a time
 
-    async def page(request: Request) -> Response:
+    def __init__(self, answerer: Answerer, defaults: dict):
+        self.answerer, self.defaults = answerer, defaults
+        self.running: set[asyncio.Task] = set()
+        self.turn = asyncio.Lock()  # one answer at a time
+
+    async def page(self, request: Request) -> Response:
+        """A file of the page itself."""
         name = request.path_params.get("name", "")
         if name not in FILES:
             return refused("no such file", 404)
         return Response((PAGE / (name or "index.html")).read_bytes(), media_type=FILES[name])
 
-    async def models(request: Request) -> Response:
+    async def models(self, request: Request) -> Response:
+        """The models that there are now."""
+        answerer = self.answerer
         try:
             found = await asyncio.to_thread(choices, answerer.given)
         except ValueError as error:
             return refused(str(error))
         now = answerer.loaded.choice.name if answerer.loaded else None
         names = [choice.name for choice in found]
-        return JSONResponse({"given": answerer.given, "models": names, "loaded": now, "defaults": defaults})
+        return JSONResponse({"given": answerer.given, "models": names, "loaded": now, "defaults": self.defaults})
 
-    async def picture(request: Request) -> Response:
+    async def picture(self, request: Request) -> Response:
+        """A picture as a model sees it: one that is uploaded, or of before by its id."""
         model = request.query_params.get("model", "")
         try:
             id = request.path_params.get("id")
             if id is None:
-                id = await asyncio.to_thread(answerer.pictures.add, await body_of(request, MAX_BYTES))
-            return JSONResponse(await asyncio.to_thread(answerer.show, id, model))
+                id = await asyncio.to_thread(self.answerer.pictures.add, await body_of(request, MAX_BYTES))
+            return JSONResponse(await asyncio.to_thread(self.answerer.show, id, model))
         except TooLarge as error:
             return refused(str(error), 413)
         except Exception as error:  # whatever a file makes the decoder raise
             return refused(" ".join(str(error).split()))
 
-    async def ask(request: Request) -> Response:
+    async def ask(self, request: Request) -> Response:
+        """A question, answered by a stream of events."""
         try:
             asked = read_asked(json.loads(await body_of(request, MAX_CHAT_BYTES)))
         except TooLarge as error:
             return refused(f"the chat is {error}", 413)
         except (ValueError, RecursionError) as error:  # no JSON, or no question
             return refused(str(error))
-        return StreamingResponse(events(asked), media_type="application/x-ndjson")
+        return StreamingResponse(self.events(asked), media_type="application/x-ndjson")
 
-    async def events(asked) -> AsyncIterator[bytes]:
+    async def events(self, asked: Asked) -> AsyncIterator[bytes]:
         """A line of JSON an event. The answer stops when nobody reads them any more."""
         loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue(), Event()
 
         def put(event: dict | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        async def work() -> None:
-            try:
-                if turn.locked():
-                    put({"event": "waiting"})
-                async with turn:
-                    await asyncio.to_thread(answerer.answer, asked, put, stop)
-            finally:
-                put(None)
-
-        task = loop.create_task(work())
-        running.add(task)  # a task that nobody holds may be lost
-        task.add_done_callback(running.discard)
+        task = loop.create_task(self.work(asked, put, stop))
+        self.running.add(task)  # a task that nobody holds may be lost
+        task.add_done_callback(self.running.discard)
         try:
             while (event := await queue.get()) is not None:
                 yield json.dumps(event).encode() + b"\n"
         finally:
             stop.set()
 
+    async def work(self, asked: Asked, put: Callable[[dict | None], None], stop: Event) -> None:
+        """Answers a question once those before it have their answers; `put` gets its events, and None at the end."""
+        try:
+            if self.turn.locked():
+                put({"event": "waiting"})
+            async with self.turn:
+                await asyncio.to_thread(self.answerer.answer, asked, put, stop)
+        finally:
+            put(None)
+
+
+def make_app(answerer: Answerer, defaults: dict, hosts: list[str]) -> Starlette:
+    """The application.
+
+    Args:
+        defaults: of `Requests`.
+        hosts: names that it may be asked under; `*`: any.
+    """
+    to = Requests(answerer, defaults)
     routes = [
-        Route("/", page),
-        Route("/models", models),
-        Route("/pictures", picture, methods=["POST"]),
-        Route("/pictures/{id}", picture),
-        Route("/ask", ask, methods=["POST"]),
-        Route("/{name}", page),
+        Route("/", to.page),
+        Route("/models", to.models),
+        Route("/pictures", to.picture, methods=["POST"]),
+        Route("/pictures/{id}", to.picture),
+        Route("/ask", to.ask, methods=["POST"]),
+        Route("/{name}", to.page),
     ]
     guards = [Middleware(OwnPageOnly), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
     return Starlette(routes=routes, middleware=guards)

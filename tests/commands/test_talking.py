@@ -130,13 +130,35 @@ def test_replaced_model_is_loaded_again_and_one_that_is_gone_is_named(answerer, 
     assert ask(other, model="model-step-100")[-1]["event"] == "end"
 
 
-def test_stop_ends_an_answer_and_what_was_shown_is_all_of_it(answerer):
+def test_stop_ends_an_answer_and_what_was_shown_is_all_of_it(answerer, run_dir):
     stop = Event()
     events = ask(answerer, stop, lambda e: e["event"] == "piece" and stop.set(), max_new_tokens=400)
     pieces = [event["text"] for event in events if event["event"] == "piece"]
     assert events[-1]["stopped"] and not events[-1]["cut"] and len(pieces) < 100
     assert events[-1]["text"] == "".join(pieces).strip()
     assert ask(answerer, stop) == []  # stopped while it waited for its turn
+    shutil.copytree(run_dir / "model", run_dir / "other")
+    stop = Event()
+    assert ask(answerer, stop, lambda e: stop.set(), model="other") == [{"event": "loading"}]
+    shutil.rmtree(run_dir / "other")
+
+
+def test_stop_before_the_first_token_ends_the_forward_between_two_layers(answerer):
+    stop, ran = Event(), []
+    tower, decoder = (stack for stack in answerer.load(answerer.choice("model")).model.modules() if is_stack(stack))
+    hooks = [layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate([*tower, *decoder])]
+    hooks.append(decoder[0].register_forward_hook(lambda *_: stop.set()))
+    id = answerer.pictures.add(png())
+    events = ask(answerer, stop, ask={"question": "What number is written?", "pictures": [id]})
+    for hook in hooks:
+        hook.remove()
+    assert [event["event"] for event in events] == ["prompt", "end"] and ran == [*range(len(tower)), len(tower)]
+    assert events[-1]["stopped"] and events[-1]["text"] == "" and not events[-1]["cut"]
+    assert ask(answerer)[-1]["text"]  # nothing of it stays in the model
+
+
+def is_stack(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.ModuleList)
 
 
 @pytest.mark.parametrize(
