@@ -182,10 +182,12 @@ def finish_run(args: argparse.Namespace, runs: dict[str, Path | None]) -> None:
 def add_to_ledger(run_dir: Path, name: str | None, scores: Path | None, ledger: Path | None) -> None:
     """Adds a run to the ledger, and its scores to the card of its model. Raises ValueError."""
     from llava_next.model.folders.card import CARD, add_scores
-    from reproducing.ledger import LEDGER, line_of, read_scores, record
+    from reproducing.ledger import LEDGER, check_scores, line_of, read_scores, record
 
     found, ledger = read_scores(scores), ledger or LEDGER
     line = line_of(run_dir, name or run_dir.resolve().name, found)
+    if found:
+        check_scores(scores, run_dir)
     if found and (run_dir / "model" / CARD).exists():
         add_scores(run_dir / "model", found)
     told = "has a line in" if record(line, ledger) else "is as it stands in"

@@ -100,6 +100,18 @@ def read_scores(path: Path | None) -> dict[str, dict]:
         raise ValueError(f"--scores: {path} holds no scores ({type(error).__name__}: {error})") from None
 
 
+def check_scores(path: Path, run_dir: Path) -> None:
+    """Refuses scores of a model that is not this run's result, where the file says whose they are. Raises ValueError."""
+    from evaluation.scores import model_hash  # no step waits for torch
+
+    found = json.loads(path.read_bytes())
+    results = [run_dir / name for name in ("model", "adapter") if (run_dir / name).is_dir()]
+    if "model_hash" in found and found["model_hash"] not in map(model_hash, results):
+        raise ValueError(
+            f"--scores: {path} is of {found['model']} as it was then, which is not what {run_dir} holds: score it again"
+        )
+
+
 def ledger_table(lines: list[dict]) -> str:
     """Markdown: a row for each line."""
     from llava_next.model.folders.card import points_of, table  # no step waits for the hub's package

@@ -159,6 +159,9 @@ def test_answers_stream_and_stop_and_are_made_again(page, chat, long_question):
     set_longest(page, LONGEST)
     chat.reset()
     whole = chat.ask(long_question, [], lambda piece: None)
+    page.fill("#question", long_question)
+    page.evaluate("for (const id of ['send', 'stop']) document.getElementById(id).click()")  # before its first token
+    assert ended(page) == "" and "stopped" in page.locator(".turn:last-child .actions").text_content()
     page.evaluate(WATCH)
     page.fill("#question", long_question)
     stops = [

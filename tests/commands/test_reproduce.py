@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 import reproduce
+from evaluation.scores import model_hash
 from llava_next.data.plan import profile
 from reproducing import digits, published
 from reproducing.digits import digits_steps, tolerance, verdict
-from reproducing.ledger import known_index, read_ledger, read_scores, record
+from reproducing.ledger import check_scores, known_index, read_ledger, read_scores, record
 from reproducing.published import MIXES, Forecast, Places, forecast, published_steps, score_lines
 from reproducing.steps import Step, Stopped, run_steps, script, told_dataset, whole_model
 from test_readme import words_wrong
@@ -179,6 +180,19 @@ def test_scores_are_read_in_both_forms_and_nothing_else(tmp_path):
     (tmp_path / "ledger.jsonl").write_text('{"name": "a"}\n[]\n')
     with pytest.raises(ValueError, match="line 2 is none of a ledger"):
         read_ledger(tmp_path / "ledger.jsonl")
+
+
+def test_scores_of_another_model_are_not_recorded(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({"model": "m", "model_hash": model_hash(tmp_path / "model"), "scores": {}}))
+    check_scores(path, tmp_path)
+    (tmp_path / "model/config.json").write_text("{ }")
+    with pytest.raises(ValueError, match=r"scores.json is of m as it was then, which is not what .*: score it again"):
+        check_scores(path, tmp_path)
+    path.write_text('{"exact": 1, "of": 2}')
+    check_scores(path, tmp_path)  # says nothing of whose they are
 
 
 def test_published_scores_stand_beside_their_binomial_noise(monkeypatch):
