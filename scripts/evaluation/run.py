@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from building.inputs import list_input
+from evaluation.engines import Engine, start_engine
 from evaluation.metrics import METRICS
 from evaluation.questions import Question, read_questions
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
@@ -23,6 +24,7 @@ from llava_next.model.folders.adapters import CONFIG, read_adapter
 from llava_next.model.folders.check import ModelFolder, check_folder
 from llava_next.model.folders.check_adapter import check_adapter
 from llava_next.repositories import resolve_folder
+from llava_next.training.devices.parallel import finish
 
 BATCH_SIZE = 8  # prompts of 3,000 tokens each, with their keys and values, beside a 7B model in 40 GB
 INSTALL = "pip install -c constraints.txt -e '.[eval]'"
@@ -42,6 +44,9 @@ def score(args: Namespace) -> None:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
+        import evaluation.model
+        import evaluation.tasks  # noqa: F401  lmms-eval's notes are printed when it is first imported
+
     # the first process to end waits for the others
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()  # several processes without a GPU must be told
@@ -51,31 +56,34 @@ def score(args: Namespace) -> None:
     # read by one process, known to all
     hashes = [model_hash(folder) if accelerator.is_main_process else None]
     out = open_scores(args.out, args.model, broadcast_object_list(hashes)[0], args.backend, base)
-    with out.hold() if accelerator.is_main_process else contextlib.nullcontext():
-        score_tasks(args, folder, base, out, accelerator, device)
-        if accelerator.is_main_process:
-            print(f"\n{out.row()}\n{args.out / 'scores.json'}")
-
-
-def score_tasks(
-    args: Namespace, folder: Path, base: ModelFolder, out: ScoreFolder, accelerator, device: torch.device
-) -> None:
-    """Scores, one after the other, what the command line asks for. Raises ValueError."""
-    with quiet():
-        from evaluation.answers import Answers
-        from evaluation.engines import start_engine
-        from evaluation.model import LlavaNext, SampleError
-        from evaluation.tasks import OwnQuestions, Tasks
-
     engine = start_engine(args.backend, folder, device)
-    if args.tasks:
-        manager = Tasks(args.data, args.own_tasks)
-        tasks = [manager.load(name) for name in manager.leaves(args.tasks.split(","))]
-    else:
-        questions = own_questions(args, engine.processor, accelerator.is_main_process)
-        tasks = [OwnQuestions(score_name(args), questions, METRICS[args.metric], args.max_new_tokens)]
+    tasks = load_tasks(args, engine, accelerator.is_main_process)
     for task in tasks:
         out.check_limit(task.config.task, args.limit)
+    with out.hold() if accelerator.is_main_process else contextlib.nullcontext():
+        score_tasks(args, tasks, engine, base, out, accelerator)
+    if accelerator.is_main_process:
+        print(f"\n{out.row()}\n{args.out / 'scores.json'}")
+    if accelerator.num_processes > 1:  # one that ends while others write would have the launcher end them too
+        finish(accelerator)
+
+
+def load_tasks(args: Namespace, engine: Engine, is_main_process: bool) -> list:
+    """lmms-eval's tasks, with their data, that the command line asks for. Raises ValueError."""
+    from evaluation.tasks import OwnQuestions, Tasks
+
+    if args.tasks:
+        manager = Tasks(args.data, args.own_tasks)
+        return [manager.load(name) for name in manager.leaves(args.tasks.split(","))]
+    questions = own_questions(args, engine.processor, is_main_process)
+    return [OwnQuestions(score_name(args), questions, METRICS[args.metric], args.max_new_tokens)]
+
+
+def score_tasks(args: Namespace, tasks: list, engine: Engine, base: ModelFolder, out: ScoreFolder, accelerator) -> None:
+    """Scores tasks one after the other, each written when it is done. Raises ValueError."""
+    from evaluation.answers import Answers
+    from evaluation.model import LlavaNext, SampleError
+
     made_by = {key: value for key, value in out.head.items() if key != "model"}
     answers = Answers(args.out / "answers", made_by, accelerator.process_index)
     lm = LlavaNext(engine, accelerator, answers, base, args.batch_size or BATCH_SIZE)

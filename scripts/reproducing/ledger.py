@@ -101,7 +101,7 @@ def read_scores(path: Path | None) -> dict[str, dict]:
 
 
 def check_scores(path: Path, run_dir: Path) -> None:
-    """Refuses scores of a model that is not this run's result, where the file says whose they are. Raises ValueError."""
+    """Refuses scores of a model that is not this run's, where the file says whose they are. Raises ValueError."""
     from evaluation.scores import model_hash  # no step waits for torch
 
     found = json.loads(path.read_bytes())
