@@ -107,7 +107,8 @@ def published(args: argparse.Namespace) -> None:
         raise ValueError(f"--data: not there: {names}; see data_tools/README.md#the-published-data-sets")
     sources = (("pretrain", PRETRAIN), ("finetune", mix))
     found = tuple(forecast(args.name, stage, args.machine, source, places.built(source)) for stage, source in sources)
-    steps = published_steps(args.name, places, launch, found, args.ledger or LEDGER)
+    gpus = hardware.per_node if not is_walked else gpus_here() if args.gpus is None else args.gpus
+    steps = published_steps(args.name, places, launch, found, args.ledger or LEDGER, gpus)
     if is_walked:
         walk(steps, args.step, {})
         if args.run and not args.step:

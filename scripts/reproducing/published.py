@@ -164,13 +164,14 @@ def forecast(name: str, stage: str, machine: str, source: Source, shards: str) -
 
 
 def published_steps(
-    name: str, places: Places, launch: list[str], forecasts: tuple[Forecast, Forecast], ledger: Path
+    name: str, places: Places, launch: list[str], forecasts: tuple[Forecast, Forecast], ledger: Path, gpus: int = 1
 ) -> list[Step]:
     """The whole path.
 
     Args:
-        launch: `accelerate launch ...` up to the script.
+        launch: `accelerate launch ...` up to the script, for training.
         forecasts: of stage 1 and stage 2.
+        gpus: of one machine, to score on.
     """
     llm, tower, template = read_recipe(name)
     model, out = places.out / "model", places.out
@@ -196,7 +197,8 @@ def published_steps(
         steps.append(stage(number, name, script, start, places.built(source), run, launch, found))
     if tasks:
         about = ("the benchmarks of the table below; data sets are fetched from the hub; its hours are not forecast",)
-        steps.append(Step("evaluate", about, ("python", "scripts/evaluate.py", *evaluate)))
+        begin = ("accelerate", "launch", "--num_processes", str(gpus)) if gpus > 1 else ("python",)
+        steps.append(Step("evaluate", about, (*begin, "scripts/evaluate.py", *evaluate)))
     return steps
 
 
