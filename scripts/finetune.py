@@ -31,7 +31,7 @@ from llava_next.training.loop import Trainer
 from llava_next.training.planning import Plan, check_plan, keep_choice, make_plan
 from llava_next.training.provenance import card_writer, keep_provenance
 from llava_next.training.pushing import push
-from llava_next.training.readiness import check_ready, keep_companions
+from llava_next.training.readiness import check_places, check_ready, keep_companions
 from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
 from llava_next.training.setup import (
     build_model,
@@ -80,6 +80,7 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         config, options = parse_run(default_recipe=default_recipe)
         if not options.dry_run:
             check_built(config)
+            check_places(config)
         elif os.environ.get("RANK", "0") != "0":
             return  # rank 0 plans
         parts = read_parts(config, options)

@@ -13,14 +13,25 @@ from llava_next.data.plan.mixture import Mixture
 from llava_next.model.folders.card import CARD
 from llava_next.model.folders.export import made_aside
 from llava_next.model.folders.starting import check_weights, make_companions, must_be_anew
+from llava_next.paths import PathError, output_folder
 from llava_next.training.checkpoints.exports import COMPANIONS
-from llava_next.training.checkpoints.recovery import LEFTOVERS, Resume, complete_checkpoints
+from llava_next.training.checkpoints.recovery import LEFTOVERS, Resume, checkpoint_places, complete_checkpoints
 from llava_next.training.forecast.budget import units
 from llava_next.training.pushing import check_push
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import freeze
 from llava_next.training.setup import Parts, empty_model, excused_checks
 from llava_next.training.watch.metrics import si
+
+
+def check_places(config: RunConfig) -> None:
+    """Looks whether the run folder and that of the checkpoints can be written to, before anything is read. Raises
+    ValueError."""
+    for key, place in (("run_dir", config.run_dir), ("checkpoint.dir", checkpoint_places(config)[0])):
+        try:
+            output_folder(place)
+        except PathError as error:
+            raise ValueError(f"{key}: {error}") from error
 
 
 def check_ready(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume) -> list[str]:

@@ -107,7 +107,7 @@ def check_arguments(args: Namespace) -> Path:
         raise ValueError("--tasks and --metric: benchmarks have metrics of their own; score --json in a run of its own")
     if args.metric:
         score_name(args)
-    if args.out is None:
+    if args.out is None or args.out.suffix == ".json":
         raise ValueError("--out: give a folder for scores.json, samples and row")
     if args.data is not None and not args.data.is_dir():
         raise ValueError(f"--data {args.data} is not a folder")

@@ -202,6 +202,7 @@ def run(monkeypatch, *arguments) -> Result:
     [
         (["--tasks", "gqa", "--metric", "anls"], "benchmarks have metrics of their own"),
         (["--tasks", "gqa"], "--out: give a folder"),
+        (["--tasks", "gqa", "--out", "none.json"], "--out: give a folder"),
         (["--tasks", "gqa", "--out", "OUT", "--model", "nowhere"], "nowhere is neither a folder nor a hub repository"),
         (["--tasks", "gqa", "--out", "OUT", "--data", "nowhere"], "--data nowhere is not a folder"),
         (["--json", "x.json", "--metric", "anls", "--out", "OUT", "--name", "a/b"], "--name 'a/b': give letters"),

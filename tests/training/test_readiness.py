@@ -8,7 +8,7 @@ import pytest
 
 from llava_next.training import readiness
 from llava_next.training.checkpoints.recovery import Resume
-from llava_next.training.readiness import check_ready, check_room
+from llava_next.training.readiness import check_places, check_ready, check_room
 from llava_next.training.recipe.config import CheckpointConfig, RunConfig
 from llava_next.training.setup import Parts
 from support.tiny import tiny_config
@@ -47,6 +47,18 @@ def test_disk_must_hold_what_the_run_is_certain_to_write(given, monkeypatch, eve
         else:
             with pytest.raises(ValueError, match=r"run_dir: .* free, and this run needs .* Make room there"):
                 check_room(*given)
+
+
+def test_places_that_cannot_be_written_to_are_refused_before_anything_is_read(given, tmp_path):
+    config = given[0]
+    check_places(config)
+    (tmp_path / "file").touch()
+    config.checkpoint.dir = str(tmp_path / "file/kept")
+    with pytest.raises(ValueError, match=r"checkpoint.dir: .*file is no folder; give another place"):
+        check_places(config)
+    config.run_dir = str(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"run_dir: .*file is no folder; give another place"):
+        check_places(config)
 
 
 def test_result_that_would_replace_the_start_model_is_refused(given, tmp_path):
