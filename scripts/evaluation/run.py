@@ -22,9 +22,9 @@ from llava_next.data.inputs.samples import common_reasons
 from llava_next.model.folders.adapters import CONFIG, read_adapter
 from llava_next.model.folders.check import ModelFolder, check_folder
 from llava_next.model.folders.check_adapter import check_adapter
+from llava_next.versions import install
 
 BATCH_SIZE = 8  # prompts of 3,000 tokens each, with their keys and values, beside a 7B model in 40 GB
-INSTALL = "pip install -c constraints.txt -e '.[eval]'"
 TEMPLATE_CHECKS = ("chat template", "chats", "terminator")  # that a template of its own fails
 
 
@@ -32,7 +32,7 @@ def score(args: Namespace) -> None:
     """Scores as the command line asks (`scripts/evaluate.py`). Raises ValueError for what cannot be asked so."""
     folder = check_arguments(args)
     if not has_lmms_eval():
-        raise ValueError(f"--tasks and --metric need lmms-eval: {INSTALL}")
+        raise ValueError(f"--tasks and --metric need lmms-eval: {install('eval')}")
     check_model(folder, args.keep_template)
     # lmms-eval imports a package `evaluate`: this folder's script must not stand in its way
     scripts = str(Path(__file__).parents[1])

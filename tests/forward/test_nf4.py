@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
+from llava_next import versions
 from llava_next.model.folders.adapters import merge_adapter, save_adapter, tensors_of
 from llava_next.model.folders.export import full_tensors, save_model
 from llava_next.model.forward import nf4
@@ -196,11 +197,11 @@ def test_quantising_that_cannot_work_is_refused(options, expected):
 
 
 def test_missing_and_old_bitsandbytes_are_refused(monkeypatch):
-    monkeypatch.setattr(nf4, "version", lambda name: "0.49.1")
-    with pytest.raises(ValueError, match=r"bitsandbytes 0.49.1 is older than 0.50; `pip install -e '.\[qlora\]'`"):
+    monkeypatch.setattr(versions, "version", lambda name: "0.49.1")
+    with pytest.raises(ValueError, match=r"bitsandbytes 0.49.1 is older than 0.50; `pip install -c .*\[qlora\]'`"):
         parse_run([*GIVEN, *ADAPTERS])
-    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"bitsandbytes is not installed; `pip install -e '.\[qlora\]'`"):
+    monkeypatch.setattr(versions, "find_spec", lambda name: name != "bitsandbytes" or None)
+    with pytest.raises(ValueError, match=r"bitsandbytes is not installed; `pip install -c .*\[qlora\]'`"):
         parse_run([*GIVEN, *ADAPTERS])
 
 

@@ -14,13 +14,10 @@ parameter, its number of updates and the place in the whole tensor: the same on 
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -28,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from llava_next.model.forward.lora import mix
+from llava_next.training.devices.torchao import LEAST, torchao
+from llava_next.versions import unfit
 
-INSTALL = "pip install -e '.[adamw8bit]'"
-LEAST_TORCHAO = (0, 18)
 BLOCK = 256  # values that share a scale, where a row is a multiple of it; as in torchao and bitsandbytes
 LEAST_BLOCK, MOST_BLOCK = 16, 512
 LEAST_VALUES = 4096  # of a parameter whose moments are stored in 8 bits, as in torchao
@@ -41,11 +38,8 @@ SCALE = "_scale"
 
 def check_torchao() -> None:
     """Raises ValueError: torchao is missing or too old."""
-    if find_spec("torchao") is None:
-        raise ValueError(f"optim.name: adamw8bit needs torchao, which is not installed; `{INSTALL}`, or set adamw")
-    found = tuple(int(part) for part in re.findall(r"\d+", version("torchao"))[:2])
-    if found < LEAST_TORCHAO:
-        raise ValueError(f"optim.name: adamw8bit needs torchao 0.18, {version('torchao')} is older; `{INSTALL}`")
+    if obstacle := unfit("torchao", LEAST, "adamw8bit"):
+        raise ValueError(f"optim.name: adamw8bit needs torchao: {obstacle}, or set adamw")
 
 
 def block_length(shape: torch.Size) -> int | None:
@@ -174,6 +168,7 @@ def _codec(scales: tuple[torch.Tensor, ...], maps: tuple[torch.Tensor, ...]) -> 
     """What reads a moment, by its number, as fp32, and what makes of fp32 the tensors that are stored."""
     if not scales:
         return lambda moment, number: moment, lambda value, number: (value,)
+    # imported by now, see `quantile_maps`: this is compiled
     from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 
     def to_codes(value: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,9 +181,8 @@ def _codec(scales: tuple[torch.Tensor, ...], maps: tuple[torch.Tensor, ...]) -> 
 @cache
 def quantile_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of the 256 codes of a signed and of an unsigned moment, float32, by torchao."""
-    from torchao.optim.quant_utils import create_dynamic_map
-
-    return tuple(torch.tensor(create_dynamic_map(signed), device=device) for signed in (True, False))
+    make = torchao("optim.quant_utils").create_dynamic_map
+    return tuple(torch.tensor(make(signed), device=device) for signed in (True, False))
 
 
 @cache
