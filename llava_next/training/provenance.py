@@ -80,7 +80,7 @@ def recipe_of(config: RunConfig, total_steps: int) -> dict[str, str]:
     found = {
         "trained": describe_rates(asdict(optim.rates)),
         "samples a step": str(data.batch_size),
-        "steps": f"{min(total_steps, config.max_steps or total_steps):,}",
+        "steps": f"{config.last_step(total_steps):,}",
         "epochs": str(data.epochs),
         "longest sample": f"{data.max_length:,} tokens",
         "template": data.template,

@@ -20,8 +20,8 @@ from evaluation.questions import Question, read_questions
 from evaluation.scores import Sample, Score, model_hash, open_scores, score_name
 from llava_next.data.inputs.samples import common_reasons
 from llava_next.model.folders.adapters import CONFIG, read_adapter
-from llava_next.model.folders.check import ModelFolder, check_folder
-from llava_next.model.folders.check_adapter import check_adapter
+from llava_next.model.folders.check import ModelFolder
+from llava_next.model.folders.check_adapter import check_any
 from llava_next.versions import install
 
 BATCH_SIZE = 8  # prompts of 3,000 tokens each, with their keys and values, beside a 7B model in 40 GB
@@ -101,7 +101,7 @@ def check_arguments(args: Namespace) -> Path:
 
 def check_model(folder: Path, keep_template: bool) -> None:
     """Refuses a folder that scripts/check_export.py finds something wrong with. Raises ValueError."""
-    findings = check_adapter(folder) if (folder / CONFIG).exists() else check_folder(folder)
+    findings = check_any(folder)
     failed = [finding for finding in findings if not finding.ok]
     for finding in failed:
         print(finding, file=sys.stderr)

@@ -18,6 +18,7 @@ import finetune
 import merge
 import reproduce
 from llava_next.data.inputs.listing import list_json
+from llava_next.model.folders.adapters import read_adapter
 from llava_next.model.folders.card import points_of, read_story
 from llava_next.model.folders.check_adapter import check_adapter
 from llava_next.model.folders.export import save_model
@@ -29,6 +30,7 @@ from llava_next.training.provenance import code_hash
 from llava_next.training.recipe.config import parse_run, save_run
 from llava_next.training.recipe.optim import rate_multiplier, warmup_steps
 from llava_next.training.setup import report_export
+from llava_next.training.watch.metrics import si
 from reproducing.ledger import ledger_table, read_ledger
 from support.demo import build_demo, compose_demo
 from support.runs import run_demo
@@ -213,6 +215,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(demo, tmp_path, monkeypatch,
     finetune.main(None)
     out = capsys.readouterr().out
     assert "steps      6 of 16 samples, 1 warm-up" in out and "llm" in out and f"{SAMPLES} samples x 1" in out
+    model = LlavaNextForConditionalGeneration.from_pretrained("base")
+    disk = f"{si(2 * model.num_parameters(), 'B')} the result"
+    assert f", {disk}\n" in out and "max_steps" not in out
+    short = ["--max_steps", "2", "--lora.r", "16", "--optim.rates.vision", "null"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *short])
+    finetune.main(None)
+    out, whole = capsys.readouterr().out, out
+    assert "steps      6 of 16 samples, 1 warm-up" in out and "\n           ends after step 2 by max_steps," in out
+    adapters = 2 * 16 * (4 * (128 + 128) + 3 * (128 + 320))  # of rank 16 in 2 layers; merged in the result
+    assert f", {disk}, {si(4 * adapters, 'B')} its adapter\n" in out
+    counted = [int(re.search(r"in all +([\d,]+) tokens", text)[1].replace(",", "")) for text in (out, whole)]
+    assert counted[0] / counted[1] == pytest.approx(1 / 3, rel=0.1)
     assert not (tmp_path / "run").exists()
 
 
@@ -331,9 +345,10 @@ def test_damaged_adapter_folders_are_found_out(lora_run, tmp_path):
             metadata = metadata or file.metadata()
         save_file({key.replace(old, new): t for key, t in load_file(path).items()}, path, metadata)
 
-    def configure(**changes) -> None:
+    def configure(without: str = "", **changes) -> None:
         path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if key != without}))
 
     assert failed_with(lambda: None) == []
     assert failed_with(lambda: rename("model.language_model.model", "model.model.language_model")) == ["adapter"]
@@ -344,6 +359,14 @@ def test_damaged_adapter_folders_are_found_out(lora_run, tmp_path):
     assert failed_with(lambda: configure(target_modules=r".*\.[qkv]_proj")) == ["layers"]
     assert failed_with(lambda: (folder / "tokenizer.json").unlink()) == ["beside"]
     assert failed_with(lambda: configure(modules_to_save=["lm_head"])) == ["adapter"]
+    assert failed_with(lambda: configure(target_modules=["q_proj"])) == ["layers"]
+    for key, missing in (("r", {}), ("lora_alpha", {}), ("r", {"r": "8"}), ("lora_alpha", {"lora_alpha": 0})):
+        assert failed_with(lambda: configure("" if missing else key, **missing)) == ["adapter"]  # noqa: B023
+        with pytest.raises(ValueError, match=rf"adapter_config.json: {key} is .*copy the folder again"):
+            read_adapter(folder)
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged \(no object\)"):
+        read_adapter(folder)
 
 
 def test_merging_by_hand_gives_the_run_s_own_result_and_refuses_another_base(lora_run, demo, tmp_path, capsys):

@@ -242,20 +242,11 @@ def read_adapter(folder: Path) -> AdapterFolder:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; give an adapter folder, such as RUN_DIR/adapter")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged ({error}): copy the folder again") from error
+    config = read_config(folder)
     try:
         weights = safe_open(folder / WEIGHTS, "pt")
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): copy the folder again") from error
-    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
-        if config.get(key, plain) != plain:
-            raise ValueError(f"{folder / CONFIG}: {key} is {config[key]!r}; only {plain!r} can be read here")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise ValueError(f"{folder / CONFIG}: {key} is given; only one r and one alpha for all can be read here")
     tensors: dict[str, dict[str, str]] = {}
     with weights as file:
         fingerprint = (file.metadata() or {}).get("base", "")
@@ -270,6 +261,33 @@ def read_adapter(folder: Path) -> AdapterFolder:
         dora=bool(config.get("use_dora")),
     )
     return AdapterFolder(folder, lora, tensors, Path(config.get("base_model_name_or_path") or ""), fingerprint)
+
+
+def read_config(folder: Path) -> dict:
+    """`adapter_config.json` of a folder, with all that is needed of it.
+
+    Raises:
+        ValueError: it is damaged, or of a kind that cannot be read here.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy the folder again") from error
+    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
+        if config.get(key, plain) != plain:
+            raise ValueError(f"{path}: {key} is {config[key]!r}; only {plain!r} can be read here")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise ValueError(f"{path}: {key} is given; only one r and one alpha for all can be read here")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            said = f"{key} is {value!r}, no number above 0" if key in config else f"{key} is missing"
+            raise ValueError(f"{path}: {said}: copy the folder again, or write what it was trained with")
+    return config
 
 
 def check_of_base(adapter: AdapterFolder, base: Path, key: str) -> None:

@@ -67,6 +67,7 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     if config.push_to_hub is not None:
         check_repository(config.push_to_hub)
     require(config.push_to_hub is not None or not config.push_public, "push_public", "says nothing without push_to_hub")
+    require(config.max_steps is None or config.max_steps > 0, "max_steps", f"must be positive, not {config.max_steps}")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")
     steps = config.profile.steps
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")
