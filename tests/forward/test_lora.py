@@ -15,11 +15,10 @@ from llava_next.model.folders.adapters import (
     check_start,
     layer_and_kind,
     load_adapter,
-    merge_adapter,
     save_adapter,
-    with_adapter,
 )
 from llava_next.model.folders.export import save_model
+from llava_next.model.folders.merging import merge_adapter, with_adapter
 from llava_next.model.forward.lora import (
     DropoutKeys,
     Lora,

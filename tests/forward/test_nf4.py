@@ -12,8 +12,9 @@ from transformers import BitsAndBytesConfig
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
 from llava_next import versions
-from llava_next.model.folders.adapters import merge_adapter, save_adapter, tensors_of
+from llava_next.model.folders.adapters import save_adapter, tensors_of
 from llava_next.model.folders.export import full_tensors, save_model
+from llava_next.model.folders.merging import merge_adapter
 from llava_next.model.forward import nf4
 from llava_next.model.forward.lora import Lora, adapter_layers, is_adapter, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration

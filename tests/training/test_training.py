@@ -298,8 +298,10 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
 
 def test_cards_of_a_run_tell_its_data_recipe_and_losses_and_not_where_it_lay(lora_run, demo):
     run, metrics = lora_run
-    for name, library in (("model", "transformers"), ("adapter", "peft")):
+    for name, library in (("model", "transformers"), ("adapter", "peft"), ("base", "transformers")):
         text = (run / name / "README.md").read_text()
+        assert ("(LLaVA-1.6) base of an adapter (LoRA) in the layout" in text) == (name == "base")
+        assert ("--lora-modules" in text) == (name != "model")
         story = read_story(run / name)
         assert f"library_name: {library}\n" in text and str(run.parent) not in text and str(demo) not in text
         assert [part["name"] for part in story.parts] == ["random weights"] * 2 and "license" not in text
