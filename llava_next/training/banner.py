@@ -20,6 +20,7 @@ from llava_next.training.banner_machine import (
     memory_lines,
     reshard_lines,
     saving_lines,
+    way_lines,
     wrapped,
 )
 from llava_next.training.devices.hardware import Hardware
@@ -92,11 +93,14 @@ def deal_some(config: RunConfig, mixture: Mixture, world: int) -> Dealt:
     )
 
 
-def plan_banner(plan: Plan, parts: Parts, mixture: Mixture, command: tuple[str, ...] = ()) -> str:
+def plan_banner(
+    plan: Plan, parts: Parts, mixture: Mixture, command: tuple[str, ...] = (), other_ways: bool = False
+) -> str:
     """What the run will do, in lines of at most 100 columns (but for long paths).
 
     Args:
         command: the script with its options, for the command that a plan for another machine assumes.
+        other_ways: to train are shown as well.
     """
     config, model = plan.config, empty_model(parts)
     freeze(model, config.optim.rates)
@@ -109,6 +113,7 @@ def plan_banner(plan: Plan, parts: Parts, mixture: Mixture, command: tuple[str, 
         *saving_lines(plan),
         *choice_lines(plan),
         *reshard_lines(plan),
+        *(way_lines(plan, parts) if other_ways else []),
         *speed_lines(config),
         *time_lines(plan, mixture, dealt),
         *size_lines(model, config),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 import textwrap
 from dataclasses import replace
+from functools import partial
 
 from llava_next.data.plan.profile import PREFIX
 from llava_next.training.devices.hardware import GPUS_PER_NODE, Hardware
 from llava_next.training.forecast.budget import Layout
+from llava_next.training.forecast.fitting import way_of, ways_to_train
 from llava_next.training.forecast.flops import Checkpointing
 from llava_next.training.forecast.picking import MARGIN, Candidate
-from llava_next.training.planning import CHECKPOINTING, TILES, TOKENS, Plan
+from llava_next.training.planning import CHECKPOINTING, TILES, TOKENS, Plan, units_under
+from llava_next.training.setup import Parts
 from llava_next.training.watch.memory import LOG
 from llava_next.training.watch.metrics import si
 
@@ -54,6 +57,31 @@ def memory_lines(plan: Plan) -> list[str]:
         lines.append(f"  {sizes}{figures}{timed[2]}  {verdict}".rstrip())
     lines.append("           total counts the larger of logits and work, which come one after the other")
     return lines
+
+
+def way_lines(plan: Plan, parts: Parts) -> list[str]:
+    """A table of the ways to train, each with its best policy and budgets, memory by part and time.
+
+    Nothing where the language model, whose states are what they differ in, does not train.
+    """
+    if plan.picking.rates.llm is None:
+        return []
+    own, picking = way_of(plan.picking), plan.picking
+    rows = {own: plan.picked} | ways_to_train(picking, partial(units_under, parts, picking.layout.compute))
+    unit, scale = ("GB", 1e9) if max(row.estimate.total for row in rows.values()) >= 1e9 else ("MB", 1e6)
+    columns = {**STATES, "activ.": "activations", "total": "total"}
+    lines = [
+        f"ways       to train, this plan's first, each with its best budgets; {unit} at the peak:",
+        f"  {'':<12}{'policy':<10}{'tokens':>8}" + "".join(f"{name:>10}" for name in columns) + f"{'s/step':>10}",
+    ]
+    for way, row in rows.items():
+        figures = "".join(f"{getattr(row.estimate, name) / scale:>10.2f}" for name in columns.values())
+        seconds = f"{row.seconds:.2f}" if row.seconds is not None and plan.hardware.peak else "-"
+        sizes = f"{way:<12}{label(row.policy):<10}{row.tokens:>8,}"
+        lines.append(f"  {sizes}{figures}{seconds if row.fits else 'too large':>10}")
+    words = "adamw8bit, bf16 master, both: --optim.name adamw8bit, --optim.master bf16; LoRA, QLoRA: by their recipes; "
+    words += "total has the table above's other columns in it"
+    return [*lines, *wrapped(words)]
 
 
 def saving_lines(plan: Plan) -> list[str]:

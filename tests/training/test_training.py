@@ -225,6 +225,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(demo, tmp_path, monkeypatch,
     assert "steps      6 of 16 samples, 1 warm-up" in out and "\n           ends after step 2 by max_steps," in out
     adapters = 2 * 16 * (4 * (128 + 128) + 3 * (128 + 320))  # of rank 16 in 2 layers; merged in the result
     assert f", {disk}, {si(4 * adapters, 'B')} its adapter\n" in out
+    ways = [line.split()[0] for line in out.split("ways  ")[1].splitlines()[2:7]]  # in fp32, without bf16 masters
+    assert ways[:4] == ["LoRA", "in", "adamw8bit", "QLoRA"] and len(ways) == 5
     counted = [int(re.search(r"in all +([\d,]+) tokens", text)[1].replace(",", "")) for text in (out, whole)]
     assert counted[0] / counted[1] == pytest.approx(1 / 3, rel=0.1)
     assert not (tmp_path / "run").exists()
