@@ -150,9 +150,6 @@ def test_one_gpu_is_enough_for_7b_by_the_ways_to_train_that_take_less_memory(pic
         assert list(found) == ["adamw8bit", "bf16 master", "both", "LoRA", "QLoRA"]
         assert [way for way, row in found.items() if row.fits] == ways
         assert all(row.tokens >= 4096 for row in found.values())
-    rates = AdaptedRates(llm=2e-4, vision=None, lora=Lora(), quantize="nf4")
-    own = picking_for("1xrtx4090-24g", rates=rates, counts=counts_under(rates))
-    assert list(ways_to_train(own, counts_under)) == ["in full", "adamw8bit", "bf16 master", "both", "LoRA"]
 
 
 def test_where_states_alone_are_too_large_only_what_fits_is_named(picking_for, counts):

@@ -300,6 +300,7 @@ def test_dropout_leaves_out_its_share_in_every_step_row_and_layer_anew():
         (["--lora.targets", "[q_proj]"], "begins with none of llm, vision, projector; try 'llm.*.q_proj'"),
         (["--lora.targets", "[lmm.*.q_proj]"], "begins with none of llm, vision, projector; try 'llm.*.q_proj'"),
         (["--lora.targets", "[lmm]"], "try 'llm'"),
+        (["--lora.targets", "[lm_head]", "--quantize", "nf4"], "head and embeddings get no adapters"),
         (["--lora.targets", "[]"], "names no layer"),
         (["--lora.r", "0"], "lora.r: must be positive"),
         (["--lora.dropout", "1"], "lora.dropout: must be in [0, 1)"),

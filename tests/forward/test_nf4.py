@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def test_layer_equals_bitsandbytes_own_bit_for_bit(monkeypatch, dtype, rows, col
     waiting = Nf4Linear.of(nn.Linear(columns, rows, bias, device="meta"), dtype)
     assert [p.shape for p in waiting.parameters()] == [p.shape for p in ours.parameters()]
     assert waiting.dequantize().shape == ours.dequantize().shape == linear.weight.shape
+
+
+def test_a_matrix_is_gone_before_the_next_is_quantised(start, monkeypatch):
+    """So that loading takes what comes out and little more, of a file that stays mapped."""
+    whole, make = [], Nf4Linear.of
+
+    def of(linear, *how):
+        assert all(matrix() is None for matrix in whole)
+        whole.append(weakref.ref(linear.weight))
+        return make(linear, *how)
+
+    monkeypatch.setattr(Nf4Linear, "of", of)
+    quantised(start, LORA)
+    assert len(whole) == 2 * 7
 
 
 def test_a_matrix_takes_4_bits_a_value_and_an_eighth_for_its_scales():

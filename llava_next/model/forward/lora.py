@@ -30,6 +30,7 @@ from llava_next.versions import unfit
 LEAST_PEFT = (0, 18)
 ADAPTER = "default"  # peft's name of the one adapter
 MARK, BASE = ".lora_", ".base_layer."  # in names of adapters' parameters, and of those that have one
+WHOLE = {"lm_head", "embed_tokens"}  # what nothing is put in place of: tied in some models, and looked up by its rows
 # group of layers -> their names in our model, and in the trees of all transformers releases
 GROUPS = {
     "llm": ("model.language_model.layers.", r"(?:model\.)?language_model\.(?:model\.)?layers\."),
@@ -92,7 +93,8 @@ def check_lora(lora: Lora) -> None:
         group, *rest = target.split(".")
         if group not in GROUPS:
             near = [".".join([name, *rest]) for name in get_close_matches(group, GROUPS, 1)] or [f"llm.*.{target}"]
-            raise ValueError(f"lora.targets: {target!r} begins with none of {', '.join(GROUPS)}; try {near[0]!r}")
+            advice = "head and embeddings get no adapters" if WHOLE & set(target.split(".")) else f"try {near[0]!r}"
+            raise ValueError(f"lora.targets: {target!r} begins with none of {', '.join(GROUPS)}; {advice}")
     if obstacle := unfit("peft", LEAST_PEFT, "lora"):
         raise ValueError(f"lora: {obstacle}, or leave lora out to train in full")
 
