@@ -272,7 +272,12 @@ def lora_run(demo, tmp_path_factory):
 
 def test_qlora_is_the_same_on_1_rank_and_bit_equal_when_it_goes_on(demo, lora_run, tmp_path):
     options = (*LORA, "--data.batch_size", 32, "--data.token_budget", 600)
-    _, straight = run_stage(demo, tmp_path / "straight", *options, processes=1)
+    done, straight = run_stage(demo, tmp_path / "straight", *options, processes=1)
+    model, adapter, base = (f"{tmp_path}/straight/{name}" for name in ("model", "adapter", "base"))
+    assert done.stdout.splitlines()[-2:] == [
+        f"model written to {model}; 10 checks made",
+        f"adapter written to {adapter}, for its base {base}; 14 checks made",
+    ]
     run_stage(demo, tmp_path / "stopped", *options, "--max_steps", 1, processes=1)
     _, resumed = run_stage(demo, tmp_path / "stopped", *options, processes=1)
     figures = [[(m["step"], m["loss"], m["grad_norm"]) for m in metrics] for metrics in (straight, resumed)]

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from llava_next.training.devices.launch import layer_stacks
-from llava_next.training.devices.torchao import LEAST, torchao
 from llava_next.versions import unfit
 
+LEAST_TORCHAO = (0, 18)  # see setup.cfg
 LEAST_CAPABILITY = (8, 9)  # Ada, Hopper, Blackwell
 MULTIPLE = 16  # of both sides of a matrix, for the hardware's products
 
@@ -42,6 +42,8 @@ def use_float8(model: nn.Module, emulate: bool = False) -> int:
     check_float8(any(p.requires_grad for p in decoder.parameters()))
     if not emulate:
         check_device(torch.device("cuda"))
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     linears = {name for name, module in decoder.named_modules() if _fits(module)}
     if not linears:
         raise ValueError(
@@ -51,9 +53,8 @@ def use_float8(model: nn.Module, emulate: bool = False) -> int:
     # torchao's, in every checkpoint too, so FSDP2 gathers bf16 as always. Padded are the tokens of a micro-batch,
     # which the gradient of a weight sums over. Accelerate's own `mixed_precision: fp8` would convert tower and
     # projector as well, and decide about precision a second time, beside FSDP2's policy.
-    float8 = torchao("float8")
-    config = float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
-    float8.convert_to_float8_training(decoder, config=config, module_filter_fn=lambda _, name: name in linears)
+    config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
+    convert_to_float8_training(decoder, config=config, module_filter_fn=lambda _, name: name in linears)
     return len(linears)
 
 
@@ -63,7 +64,7 @@ def check_float8(llm_trains: bool = True) -> None:
     Raises:
         ValueError: torchao is missing or too old, or the language model is frozen.
     """
-    if obstacle := unfit("torchao", LEAST, "float8"):
+    if obstacle := unfit("torchao", LEAST_TORCHAO, "float8"):
         raise ValueError(f"float8: {obstacle}, or set it to false")
     if not llm_trains:
         # torchao computes the gradient of every weight, wanted or not, and keeps the inputs that takes: a frozen model

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from llava_next.model.forward.lora import mix
-from llava_next.training.devices.torchao import LEAST, torchao
+from llava_next.training.devices.float8 import LEAST_TORCHAO
 from llava_next.versions import unfit
 
 BLOCK = 256  # values that share a scale, where a row is a multiple of it; as in torchao and bitsandbytes
@@ -38,7 +38,7 @@ SCALE = "_scale"
 
 def check_torchao() -> None:
     """Raises ValueError: torchao is missing or too old."""
-    if obstacle := unfit("torchao", LEAST, "adamw8bit"):
+    if obstacle := unfit("torchao", LEAST_TORCHAO, "adamw8bit"):
         raise ValueError(f"optim.name: adamw8bit needs torchao: {obstacle}, or set adamw")
 
 
@@ -168,7 +168,6 @@ def _codec(scales: tuple[torch.Tensor, ...], maps: tuple[torch.Tensor, ...]) -> 
     """What reads a moment, by its number, as fp32, and what makes of fp32 the tensors that are stored."""
     if not scales:
         return lambda moment, number: moment, lambda value, number: (value,)
-    # imported by now, see `quantile_maps`: this is compiled
     from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 
     def to_codes(value: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,8 +180,9 @@ def _codec(scales: tuple[torch.Tensor, ...], maps: tuple[torch.Tensor, ...]) -> 
 @cache
 def quantile_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of the 256 codes of a signed and of an unsigned moment, float32, by torchao."""
-    make = torchao("optim.quant_utils").create_dynamic_map
-    return tuple(torch.tensor(make(signed), device=device) for signed in (True, False))
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    return tuple(torch.tensor(create_dynamic_map(signed), device=device) for signed in (True, False))
 
 
 @cache
