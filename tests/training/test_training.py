@@ -300,7 +300,7 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
     assert len(weights) == 2 * 14 + 4 + 1  # A and B of 7 matrices in 2 layers, projector, newline
     trained = sum(math.prod(tensors[name]["shape"]) for name in weights)
     sizes = [path.stat().st_size for path in (run / "checkpoints/step-00000003").glob("rank-*")]
-    assert sum(sizes) == pytest.approx(12 * trained, rel=0.05)  # weights and two moments, and random numbers
+    assert 0 < sum(sizes) - 12 * trained < 1e5  # weights and two moments; names and random numbers
     assert (run / "base/model-model.safetensors").samefile(demo / "base/model.safetensors")
     assert all(finding.ok for finding in check_adapter(run / "adapter-step-2"))  # beside model-step-2
     assert (run / "base-step-2/trained.safetensors").exists()
