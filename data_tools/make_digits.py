@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from llava_next.paths import output_folder
+from llava_next.versions import install
 
 FORMAT_VERSION = 1
 MANIFEST = "digits.json"
@@ -96,7 +97,7 @@ def load_scans() -> Scans:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("the digits come from scikit-learn, which is missing: pip install scikit-learn") from None
+        raise ValueError(f"the digits come from scikit-learn, which is missing: {install('demo')}") from None
     data = load_digits()
     return Scans(np.round(data.images * (255 / 16)).astype(np.uint8), data.target.astype(np.int64))
 

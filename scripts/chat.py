@@ -20,6 +20,7 @@ from PIL import Image
 
 from llava_next.data.format.pictures import open_rgb
 from llava_next.paths import folder_or_name, local_path
+from llava_next.versions import install
 from talking.conversation import Chat, one_line, start
 from talking.models import choices, load
 
@@ -150,7 +151,7 @@ def talk_on_page(args) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
-        raise ValueError(f"--web needs {error.name}: pip install -c constraints.txt -e '.[web]'") from error
+        raise ValueError(f"--web needs {error.name}: {install('web')}") from error
     from talking.answering import Answerer
 
     answerer = Answerer(args.model, args.system)

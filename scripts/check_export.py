@@ -12,9 +12,7 @@ import sys
 
 from transformers.utils import logging
 
-from llava_next.model.folders.adapters import CONFIG
-from llava_next.model.folders.check import check_folder
-from llava_next.model.folders.check_adapter import check_adapter
+from llava_next.model.folders.check_adapter import check_any
 from llava_next.paths import local_path
 
 
@@ -26,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {args.folder} is no folder; give a model folder, such as RUN_DIR/model")
     logging.set_verbosity_error()
 
-    findings = check_adapter(args.folder) if (args.folder / CONFIG).exists() else check_folder(args.folder)
+    findings = check_any(args.folder)
     for finding in findings:
         print(finding)
     failed = sum(not finding.ok for finding in findings)

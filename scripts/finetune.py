@@ -104,7 +104,7 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         refuse(error)
 
     if int(os.environ.get("RANK", "0")) == 0:
-        print(plan_banner(plan, parts, mixture, options.command), flush=True)
+        print(plan_banner(plan, parts, mixture, options.command, options.dry_run), flush=True)
         if validation and (warning := cut_warning(validation.mixture)):
             print(f"held out   {warning}", flush=True)
         for text in [*(f"note       {note}" for note in resume.notes), *time_limit(config.run_dir)]:

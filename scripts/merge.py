@@ -8,8 +8,8 @@ Tensor by tensor, added in float32; a 7B model is never in memory as a whole.
 import argparse
 import sys
 
-from llava_next.model.folders.adapters import merge_adapter
 from llava_next.model.folders.check import check_folder
+from llava_next.model.folders.merging import merge_adapter
 from llava_next.paths import local_path, new_folder
 
 

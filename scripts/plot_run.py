@@ -148,11 +148,11 @@ def draw(runs: list[Run], window: int | None = None) -> plt.Figure:
             colour = COLOURS[number % len(COLOURS)]
             draw_loss(loss, run, colour, window)
             draw_speed(speed, run, colour, window)
-            draw_rates(rates, run, colour, several=len(runs) > 1)
             if few_sources:
                 draw_sources(fourth, run, colour, window, several=len(runs) > 1)
             else:
                 draw_smoothed(fourth, run, "grad_norm", colour, window, run.name)
+        draw_rates(rates, runs)
         smoothing = f", average over about {window} steps" if window > 1 else ""
         # the fall of the first steps may leave the picture, or nothing else could be seen in it
         losses = [run.values["loss"][len(run.steps) // 25 :] for run in runs if "loss" in run.values]
@@ -197,17 +197,20 @@ def draw_speed(axis, run: Run, colour, window: int) -> None:
     draw_smoothed(axis, run, "tokens_per_s", colour, window, label)
 
 
-def draw_rates(axis, run: Run, colour, several: bool) -> None:
-    """A line for each rate; modules that share one share the line."""
-    together: dict[bytes, list[str]] = {}
-    for module, rate in run.group("rates/").items():
-        together.setdefault(rate.tobytes(), []).append(module)
-    for number, modules in enumerate(together.values()):
-        label = f"{run.name}: {', '.join(modules)}" if several else ", ".join(modules)
-        line = LINES[number % len(LINES)]
-        axis.plot(
-            run.steps, run.values[f"rates/{modules[0]}"], color=colour, linestyle=line, linewidth=1.6, label=label
-        )
+def draw_rates(axis, runs: list[Run]) -> None:
+    """A line for each rate; modules that share one share the line, and so do runs in which it is the same."""
+    alike: dict[tuple, list[int]] = {}  # steps, rate, modules and their place -> numbers of the runs
+    for number, run in enumerate(runs):
+        together: dict[bytes, list[str]] = {}
+        for module, rate in run.group("rates/").items():
+            together.setdefault(rate.tobytes(), []).append(module)
+        for place, (rate, modules) in enumerate(together.items()):
+            alike.setdefault((run.steps.tobytes(), rate, tuple(modules), place), []).append(number)
+    for (*_, modules, place), numbers in alike.items():
+        run, others = runs[numbers[0]], f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        label = f"{run.name}{others}: {', '.join(modules)}" if len(runs) > 1 else ", ".join(modules)
+        style = {"color": COLOURS[numbers[0] % len(COLOURS)], "linestyle": LINES[place % len(LINES)]}
+        axis.plot(run.steps, run.values[f"rates/{modules[0]}"], **style, linewidth=1.6, label=label)
 
 
 def draw_sources(axis, run: Run, colour, window: int, several: bool) -> None:

@@ -91,7 +91,7 @@ def digits(args: argparse.Namespace) -> None:
 
 def published(args: argparse.Namespace) -> None:
     """A recipe on the published data. Raises ValueError, Stopped."""
-    from llava_next.training.banner import launch_words
+    from llava_next.training.banner_machine import launch_words
     from llava_next.training.devices.hardware import parse_hardware
     from reproducing.ledger import LEDGER
     from reproducing.published import MIXES, PRETRAIN, Places, forecast, published_steps, score_lines
@@ -147,7 +147,7 @@ def totals(args: argparse.Namespace, hardware, found: tuple) -> list[str]:
 
 def launch_here(args: argparse.Namespace) -> list[str]:
     """The launch on this machine. Raises ValueError: it has no GPU."""
-    from llava_next.training.banner import launch_words
+    from llava_next.training.banner_machine import launch_words
     from llava_next.training.devices.hardware import parse_hardware
 
     count = gpus_here() if args.gpus is None else args.gpus

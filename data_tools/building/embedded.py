@@ -15,6 +15,7 @@ from llava_next.data.format.shards import RawSample, read_sample
 from llava_next.data.format.tar import BadSample
 from llava_next.data.inputs.listing import Lister, Listing
 from llava_next.data.storage.client import Storage
+from llava_next.versions import install
 
 SHARDS_AT_ONCE = 4
 
@@ -40,7 +41,7 @@ def list_hub(name: str, split: str) -> Listing:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError("--hf needs the package datasets: pip install -e '.[data]'") from None
+        raise ValueError(f"--hf needs the package datasets: {install('data')}") from None
     try:
         if Path(name).exists():
             found = Path(name).rglob("*.parquet") if Path(name).is_dir() else [Path(name)]

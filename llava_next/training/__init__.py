@@ -4,6 +4,7 @@ setup.py: what the training scripts put together
 stand_ins.py: what a plan takes for a model that is not at hand
 planning.py: what is left to the machine, picked and kept
 banner.py: the plan of a run, printed before it starts
+banner_machine.py: its part on the machine: memory, what is picked, the command
 loop.py: the training loop
 validate.py: held-out loss
 readiness.py: what the end of a run needs, before its first step

@@ -81,7 +81,7 @@ def recipe_of(config: RunConfig, total_steps: int, steps: int | None = None) -> 
     """What decides what is learned, label -> text; `steps` as `stage_of`."""
     data, optim, lora = config.data, config.optim, config.lora
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    steps = min(total_steps, config.max_steps or total_steps) if steps is None else steps
+    steps = config.last_step(total_steps) if steps is None else steps
     is_whole = steps == total_steps
     found = {
         "trained": describe_rates(asdict(optim.rates)),

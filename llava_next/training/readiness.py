@@ -87,13 +87,11 @@ def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume
     model = empty_model(parts)
     freeze(model, config.optim.rates)
     counts, options = units(model), config.checkpoint
-    sizes = counts.whole
-    checkpoint = sum(counts.trained_bytes(config.optim.name, config.optim.master))  # as in `banner.size_lines`
-    result = 2 * sizes.parameters
-    if config.lora:  # its folder, and the base's weights where they cannot be linked
+    checkpoint, result, adapter = counts.disk_bytes(config.optim.name, config.optim.master)
+    if config.lora:  # its folder, and a base with what trained in full, or all where it cannot be linked
         linked = _device(Path(config.run_dir)) == _device(Path(config.model)) and not config.lora.copy_base
-        result += 4 * sizes.trainable + (0 if linked else 2 * sizes.frozen)
-    last = min(mixture.total_steps, config.max_steps or mixture.total_steps)
+        result += adapter + (2 * (counts.whole.trainable - counts.adapters) if linked else result)
+    last = config.last_step(mixture.total_steps)
     done = resume.state["step"]
     there = len(complete_checkpoints(resume.folder))
     every = options.every or last + 1

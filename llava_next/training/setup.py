@@ -22,8 +22,8 @@ from llava_next.data.plan.mixture import Mixture
 from llava_next.data.plan.profile import PREFIX, Profile
 from llava_next.data.storage.cache import Cache
 from llava_next.data.storage.client import Storage
-from llava_next.model.folders.adapters import check_start, load_adapter
-from llava_next.model.folders.check import check_folder
+from llava_next.model.folders.adapters import adapter_base, check_start, load_adapter
+from llava_next.model.folders.check_adapter import check_any
 from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.fused import choose_fused, fuse_layers
 from llava_next.model.forward.kinds import check_language_model, check_tower
@@ -43,7 +43,7 @@ from llava_next.training.recipe.optim import build_optimizer, freeze
 from llava_next.training.watch.journal import Journal
 from llava_next.training.watch.metrics import Progress
 
-# of check_folder: those that compare with the training's templates
+# of check_any: those that compare with the training's templates
 TEMPLATE_CHECKS = ("chat template", "chats", "terminator")
 
 
@@ -302,12 +302,12 @@ def open_journal(
     config: RunConfig, accelerator: Accelerator, parts: Parts, mixture: Mixture, start_step: int
 ) -> Journal:
     """What the run reports to; MFU is known for devices whose peak is."""
-    last_step = min(mixture.total_steps, config.max_steps or mixture.total_steps)
+    progress = Progress(config.last_step(mixture.total_steps), start_step)
     policy = checkpointing_policy(config.activation_checkpointing)
     flops = flops_model(parts.model_config, config.rates, policy)
     on_cuda = accelerator.device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name(accelerator.device)) if on_cuda else None
-    return Journal(config, accelerator, mixture, Progress(last_step, start_step), flops, peak)
+    return Journal(config, accelerator, mixture, progress, flops, peak)
 
 
 def excused_checks(keep_template: bool) -> tuple[str, ...]:
@@ -316,7 +316,7 @@ def excused_checks(keep_template: bool) -> tuple[str, ...]:
 
 
 def report_export(folder: Path, keep_template: bool = False) -> None:
-    """Checks a model folder just written and prints what was found.
+    """Checks a model or adapter folder just written and prints what was found.
 
     Args:
         keep_template: the folder has a chat template of its own: what differs from the training's is printed only.
@@ -324,7 +324,7 @@ def report_export(folder: Path, keep_template: bool = False) -> None:
     Raises:
         ValueError: the folder would not load or answer as trained.
     """
-    findings = check_folder(folder)
+    findings = check_any(folder)
     for finding in findings:
         if not finding.ok:
             print(finding, flush=True)
@@ -335,4 +335,6 @@ def report_export(folder: Path, keep_template: bool = False) -> None:
             f"{folder} was written but fails {len(failed)} of {len(findings)} checks, see above: mend the files that "
             "they name, then see scripts/check_export.py"
         )
-    print(f"model written to {folder}; {len(findings)} checks made", flush=True)
+    base = adapter_base(folder)
+    said = f"adapter written to {folder}, for its base {base}" if base else f"model written to {folder}"
+    print(f"{said}; {len(findings)} checks made", flush=True)

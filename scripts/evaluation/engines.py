@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
-from llava_next.model.folders.adapters import CONFIG, adapter_base, with_adapter
+from llava_next.model.folders.adapters import CONFIG, adapter_base
+from llava_next.model.folders.merging import with_adapter
 
 BACKENDS = ("transformers", "vllm")
 

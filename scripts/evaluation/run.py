@@ -21,20 +21,20 @@ from evaluation.questions import Question, read_questions
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
 from llava_next.data.inputs.samples import common_reasons
 from llava_next.model.folders.adapters import CONFIG, read_adapter
-from llava_next.model.folders.check import ModelFolder, check_folder
-from llava_next.model.folders.check_adapter import check_adapter
+from llava_next.model.folders.check import ModelFolder
+from llava_next.model.folders.check_adapter import check_any
 from llava_next.repositories import resolve_folder
 from llava_next.training.devices.parallel import finish
+from llava_next.versions import install
 
 BATCH_SIZE = 8  # prompts of 3,000 tokens each, with their keys and values, beside a 7B model in 40 GB
-INSTALL = "pip install -c constraints.txt -e '.[eval]'"
 TEMPLATE_CHECKS = ("chat template", "chats", "terminator")  # that a template of its own fails
 
 
 def score(args: Namespace) -> None:
     """Scores as the command line asks (`scripts/evaluate.py`). Raises ValueError for what cannot be asked so."""
     if not has_lmms_eval():
-        raise ValueError(f"--tasks and --metric need lmms-eval: {INSTALL}")
+        raise ValueError(f"--tasks and --metric need lmms-eval: {install('eval')}")
     folder = check_arguments(args)
     check_model(folder, args.keep_template)
     # lmms-eval imports a package `evaluate`: this folder's script must not stand in its way
@@ -116,7 +116,7 @@ def check_arguments(args: Namespace) -> Path:
 
 def check_model(folder: Path, keep_template: bool) -> None:
     """Refuses a folder that scripts/check_export.py finds something wrong with. Raises ValueError."""
-    findings = check_adapter(folder) if (folder / CONFIG).exists() else check_folder(folder)
+    findings = check_any(folder)
     failed = [finding for finding in findings if not finding.ok]
     for finding in failed:
         print(finding, file=sys.stderr)

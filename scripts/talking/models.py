@@ -18,6 +18,7 @@ from llava_next.model.folders.adapters import adapter_base, read_adapter
 from llava_next.model.folders.check import ModelFolder
 from llava_next.model.forward.nf4 import bitsandbytes
 from llava_next.repositories import resolve_folder
+from llava_next.versions import install
 
 ASIDE = (".tmp", ".old")  # endings of folders that are being written or replaced
 BESIDE = ("tokenizer_config.json", "preprocessor_config.json")
@@ -127,8 +128,8 @@ def load(where: str) -> tuple[torch.nn.Module, object]:
             from peft import PeftModel
         except ImportError:
             raise ValueError(
-                f"{where} is an adapter, which needs peft: pip install -c constraints.txt -e '.[lora]', or put it "
-                "into its base by scripts/merge.py"
+                f"{where} is an adapter, which needs peft: {install('lora')}, or put it into "
+                "its base by scripts/merge.py"
             ) from None
         model = PeftModel.from_pretrained(model, where)
     processor = AutoProcessor.from_pretrained(where if not base or (Path(where) / BESIDE[1]).is_file() else base)

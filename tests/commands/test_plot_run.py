@@ -124,6 +124,9 @@ def test_several_runs_have_a_colour_each_and_sources_a_panel(tmp_path):
     assert "a/run: median 1,020" in drawn(speed)
     # modules with one rate share a line
     assert set(drawn(rates)) == {f"{run}: {m}" for run in names for m in ("llm, projector", "vision")}
+    again = plot_run.read_run(folders[0], "again")  # and runs, where it is the same in all their steps
+    shared = drawn(plot_run.draw([plot_run.read_run(folders[0], "one"), again]).axes[3])
+    assert set(shared) == {"one and 1 more: llm, projector", "one and 1 more: vision"}
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_next.model.folders.adapters import merge_adapter
+from llava_next.model.folders.merging import merge_adapter
 from support.demo import build_run
 from talking.answering import Answerer, read_asked
 from talking.conversation import Chat

@@ -5,6 +5,7 @@ a GPU.
 """
 
 import json
+import logging
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llava_next import versions
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices import float8
 from llava_next.training.devices.float8 import check_device, use_float8
@@ -149,13 +151,20 @@ def run_config(**changes) -> RunConfig:
 
 
 def test_float8_without_torchao_is_refused_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(float8, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^float8: torchao is not installed; `pip install -e '.\[float8\]'`"):
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^float8: torchao is not installed; `pip install -c .*\[float8\]'`"):
         check_run(run_config())
 
 
+def test_only_what_torch_says_to_torchao_of_its_enums_is_kept_from_users(caplog):
+    log = logging.getLogger("torch.utils._pytree")
+    log.warning("%s ... Calling register_constant() on Enum subclasses is deprecated and", "KernelPreference")
+    log.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
 def test_float8_of_a_frozen_language_model_is_refused(monkeypatch):
-    monkeypatch.setattr(float8, "find_spec", lambda name: True)
+    monkeypatch.setattr(versions, "find_spec", lambda name: True)
     config = run_config()
     config.optim.rates.llm = None
     with pytest.raises(ValueError, match=r"^float8: the language model is frozen \(optim.rates.llm: null\)"):

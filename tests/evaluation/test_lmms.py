@@ -25,7 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from evaluation.engines import Transformers
-from llava_next.model.folders.adapters import merge_adapter, save_adapter
+from llava_next.model.folders.adapters import save_adapter
+from llava_next.model.folders.merging import merge_adapter
 from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from support.demo import compose_demo

@@ -12,7 +12,7 @@ from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.devices.hardware import parse_hardware
 from llava_next.training.forecast.activations import Compute
 from llava_next.training.forecast.budget import Layout, estimate, units
-from llava_next.training.forecast.fitting import by_adapters, ways_to_fit
+from llava_next.training.forecast.fitting import by_adapters, ways_to_fit, ways_to_train
 from llava_next.training.forecast.picking import GRAIN, MARGIN, Picking, Steps, Wanted
 from llava_next.training.forecast.speed import communication_seconds, micro_batch_flops, step_seconds
 from llava_next.training.recipe.optim import AdaptedRates, Rates, freeze
@@ -140,6 +140,16 @@ def test_weights_and_gradients_move_by_the_slowest_link_between_those_that_share
     over_all = Layout(16, Compute())
     everything = 15 / 16 * (4 * whole.parameters + 4 * whole.trainable)
     assert communication_seconds(whole, over_all, two.hardware) == pytest.approx(everything / 37e9)
+
+
+def test_one_gpu_is_enough_for_7b_by_the_ways_to_train_that_take_less_memory(picking_for):
+    fitting = {"1xrtx4090-24g": ["QLoRA"], "1xl40s-48g": ["LoRA", "QLoRA"]}
+    fitting["1xh100-80g"] = ["adamw8bit", "both", "LoRA", "QLoRA"]
+    for machine, ways in fitting.items():
+        found = ways_to_train(picking_for(machine), counts_under)
+        assert list(found) == ["adamw8bit", "bf16 master", "both", "LoRA", "QLoRA"]
+        assert [way for way, row in found.items() if row.fits] == ways
+        assert all(row.tokens >= 4096 for row in found.values())
 
 
 def test_where_states_alone_are_too_large_only_what_fits_is_named(picking_for, counts):

@@ -17,6 +17,7 @@ from llava_next.model.forward.fused import FUNCTIONS, choose_fused, fuse_layers,
 from llava_next.training.devices.parallel import apply_checkpointing
 from llava_next.training.recipe.checks import check_run
 from llava_next.training.recipe.config import RunConfig, Source
+from llava_next.versions import install
 from support.kernels import models_of, step
 from support.launching import ROOT
 from support.published import LLAMA3, VICUNA
@@ -82,7 +83,7 @@ def test_choice_names_its_reason(monkeypatch, liger):
         ("auto", cuda, "float8"): "no kernels of Liger's: float8 has its own",
     }
     monkeypatch.setattr("llava_next.model.forward.fused.find_spec", lambda name: None)
-    reasons["auto", cuda, None] = "no kernels of Liger's: liger-kernel is not installed; `pip install -e '.[fused]'`"
+    reasons["auto", cuda, None] = f"no kernels of Liger's: liger-kernel is not installed; `{install('fused')}`"
     for arguments, reason in reasons.items():
         assert choose_fused(*arguments) == ({}, reason)
     for device, reason in ((cpu, "the device is cpu"), (cuda, "liger-kernel is not installed; `pip")):

@@ -10,15 +10,15 @@ import torch
 from safetensors import safe_open
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
+from llava_next import versions
 from llava_next.model.folders.adapters import (
     check_start,
     layer_and_kind,
     load_adapter,
-    merge_adapter,
     save_adapter,
-    with_adapter,
 )
 from llava_next.model.folders.export import save_model
+from llava_next.model.folders.merging import merge_adapter, with_adapter
 from llava_next.model.forward.lora import (
     DropoutKeys,
     Lora,
@@ -298,6 +298,9 @@ def test_dropout_leaves_out_its_share_in_every_step_row_and_layer_anew():
     ("options", "expected"),
     [
         (["--lora.targets", "[q_proj]"], "begins with none of llm, vision, projector; try 'llm.*.q_proj'"),
+        (["--lora.targets", "[lmm.*.q_proj]"], "begins with none of llm, vision, projector; try 'llm.*.q_proj'"),
+        (["--lora.targets", "[lmm]"], "try 'llm'"),
+        (["--lora.targets", "[lm_head]", "--quantize", "nf4"], "head and embeddings get no adapters"),
         (["--lora.targets", "[]"], "names no layer"),
         (["--lora.r", "0"], "lora.r: must be positive"),
         (["--lora.dropout", "1"], "lora.dropout: must be in [0, 1)"),
@@ -317,14 +320,12 @@ def test_lora_that_cannot_work_is_refused(options, expected):
 
 
 def test_missing_and_old_peft_are_refused(monkeypatch):
-    from llava_next.model.forward import lora
-
     given = ["--model", "m", "--run_dir", "r", "--data.sources", "s", "--optim.rates.vision", "null", "--lora.r", "8"]
-    monkeypatch.setattr(lora, "version", lambda name: "0.13.2")
-    with pytest.raises(ValueError, match=r"peft 0.13.2 is older than 0.18; `pip install"):
+    monkeypatch.setattr(versions, "version", lambda name: "0.13.2")
+    with pytest.raises(ValueError, match=r"peft 0.13.2 is older than 0.18; `pip install -c .*\[lora\]'`"):
         parse_run(given)
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"peft is not installed; `pip install -e '.\[lora\]'`"):
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"peft is not installed; `pip install -c .*\[lora\]'`"):
         parse_run(given)
 
 

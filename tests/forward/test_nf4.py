@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
-from llava_next.model.folders.adapters import merge_adapter, save_adapter, tensors_of
+from llava_next import versions
+from llava_next.model.folders.adapters import save_adapter, tensors_of
 from llava_next.model.folders.export import full_tensors, save_model
+from llava_next.model.folders.merging import merge_adapter
 from llava_next.model.forward import nf4
 from llava_next.model.forward.lora import Lora, adapter_layers, is_adapter, quantise_under
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
@@ -126,6 +129,20 @@ def test_layer_equals_bitsandbytes_own_bit_for_bit(monkeypatch, dtype, rows, col
     assert waiting.dequantize().shape == ours.dequantize().shape == linear.weight.shape
 
 
+def test_a_matrix_is_gone_before_the_next_is_quantised(start, monkeypatch):
+    """So that loading takes what comes out and little more, of a file that stays mapped."""
+    whole, make = [], Nf4Linear.of
+
+    def of(linear, *how):
+        assert all(matrix() is None for matrix in whole)
+        whole.append(weakref.ref(linear.weight))
+        return make(linear, *how)
+
+    monkeypatch.setattr(Nf4Linear, "of", of)
+    quantised(start, LORA)
+    assert len(whole) == 2 * 7
+
+
 def test_a_matrix_takes_4_bits_a_value_and_an_eighth_for_its_scales():
     layer = Nf4Linear(4096, 11008, torch.bfloat16)
     assert 8 * sum(p.nbytes for p in layer.parameters()) / (4096 * 11008) == pytest.approx(
@@ -196,11 +213,11 @@ def test_quantising_that_cannot_work_is_refused(options, expected):
 
 
 def test_missing_and_old_bitsandbytes_are_refused(monkeypatch):
-    monkeypatch.setattr(nf4, "version", lambda name: "0.49.1")
-    with pytest.raises(ValueError, match=r"bitsandbytes 0.49.1 is older than 0.50; `pip install -e '.\[qlora\]'`"):
+    monkeypatch.setattr(versions, "version", lambda name: "0.49.1")
+    with pytest.raises(ValueError, match=r"bitsandbytes 0.49.1 is older than 0.50; `pip install -c .*\[qlora\]'`"):
         parse_run([*GIVEN, *ADAPTERS])
-    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"bitsandbytes is not installed; `pip install -e '.\[qlora\]'`"):
+    monkeypatch.setattr(versions, "find_spec", lambda name: name != "bitsandbytes" or None)
+    with pytest.raises(ValueError, match=r"bitsandbytes is not installed; `pip install -c .*\[qlora\]'`"):
         parse_run([*GIVEN, *ADAPTERS])
 
 

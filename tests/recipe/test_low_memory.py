@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_next import versions
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 from llava_next.training.checkpoints.same_run import check_same_optimizer
 from llava_next.training.forecast.budget import units
-from llava_next.training.recipe import low_memory
 from llava_next.training.recipe.checks import check_run
 from llava_next.training.recipe.config import OptimConfig, RunConfig, Source, parse_run
 from llava_next.training.recipe.low_memory import LowMemoryAdamW, block_length, random_bits, round_stochastically
@@ -183,14 +183,14 @@ def test_an_unknown_optimizer_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize(
-    ("found", "said"), [(None, "is not installed"), ("0.17.0", "needs torchao 0.18, 0.17.0 is older")]
+    ("found", "said"), [(None, "is not installed"), ("0.17.0", "torchao 0.17.0 is older than 0.18")]
 )
 def test_8_bit_moments_without_a_torchao_that_has_them_are_refused(monkeypatch, found, said):
-    monkeypatch.setattr(low_memory, "find_spec", lambda name: found)
-    monkeypatch.setattr(low_memory, "version", lambda name: found)
+    monkeypatch.setattr(versions, "find_spec", lambda name: found)
+    monkeypatch.setattr(versions, "version", lambda name: found)
     config = RunConfig(model="m", run_dir="r", optim=OptimConfig(name="adamw8bit"))
     config.data.sources = [Source("d")]
-    with pytest.raises(ValueError, match=rf"^optim.name: adamw8bit .*{said}.*`pip install -e '.\[adamw8bit\]'`"):
+    with pytest.raises(ValueError, match=rf"^optim.name: adamw8bit .*{said}.*`pip install -c .*\[adamw8bit\]'`"):
         check_run(config)
 
 

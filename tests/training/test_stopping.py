@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_next.data.storage import lease as leases
 from llava_next.data.storage.client import Storage
@@ -95,8 +96,10 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def result(run: Path) -> dict[str, torch.Tensor]:
-    """The weights of the exported model."""
-    return LlavaNextForConditionalGeneration.from_pretrained(run / "model").state_dict()
+    """The weights of the exported model, and of its adapter."""
+    adapter = run / "adapter/adapter_model.safetensors"
+    found = LlavaNextForConditionalGeneration.from_pretrained(run / "model").state_dict()
+    return found | (load_file(adapter) if adapter.exists() else {})
 
 
 def test_stopped_and_failed_runs_lose_nothing_say_one_thing_last_and_go_on(demo, package, tmp_path):
@@ -200,18 +203,22 @@ def test_run_whose_place_is_held_elsewhere_writes_nothing(one_process, tmp_path,
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+QLORA = ("--lora.r", 8, "--lora.alpha", 16, "--lora.dropout", 0.1, "--optim.rates.vision", "null", "--quantize", "nf4")
+
+
 @pytest.mark.skipif(not KILLS, reason="takes half a minute a kill; set LLAVA_NEXT_KILLS=30 to run it")
-def test_killed_runs_end_like_one_that_was_left_alone(demo, package, tmp_path, capsys):
+@pytest.mark.parametrize("options", [(), QLORA], ids=["in_full", "qlora"])
+def test_killed_and_stopped_runs_end_like_one_that_was_left_alone(demo, package, tmp_path, capsys, options):
     generator, table, wholes = random.Random(KILLS), [], {}
-    kinds = itertools.cycle(("tree", "launcher", "rank", "node"))
+    kinds = itertools.cycle(("tree", "stop", "launcher", "rank", "node"))
     while len(table) < KILLS:
         kind, number = next(kinds), len(table)
         world = generator.choice((2, 4) if kind == "node" else (1, 2, 4))
         if world not in wholes:
             wholes[world] = tmp_path / f"whole-{world}"
-            assert start(demo, wholes[world], package, processes=world).wait(400) == 0
+            assert start(demo, wholes[world], package, *options, processes=world).wait(400) == 0
         run = tmp_path / f"killed-{number}"
-        rows = killed_run(demo, run, package, world, kind, min(3, KILLS - number), generator)
+        rows = killed_run(demo, run, package, options, world, kind, min(3, KILLS - number), generator)
         ours, theirs = result(run), result(wholes[world])
         equal = losses(run) == losses(wholes[world]) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
         table += [f"{row}  {'bit-equal' if equal else 'DIFFERENT'}" for row in rows]
@@ -221,12 +228,23 @@ def test_killed_runs_end_like_one_that_was_left_alone(demo, package, tmp_path, c
 
 
 def killed_run(
-    demo: Path, run: Path, package: str, world: int, kind: str, most: int, generator: random.Random
+    demo: Path,
+    run: Path,
+    package: str,
+    options: tuple,
+    world: int,
+    kind: str,
+    most: int,
+    generator: random.Random,
 ) -> list[str]:
-    """One run, killed up to `most` times and started again until it is done. Returns a line a kill."""
+    """One run, killed (`stop`: asked to stop by SIGTERM) up to `most` times and started again until it is done.
+
+    Returns:
+        A line a kill.
+    """
     rows, log, nodes = [], run / "metrics.jsonl", (0, 1) if kind == "node" else (None,)
     while True:
-        launchers = [start(demo, run, package, processes=world, node=node) for node in nodes]
+        launchers = [start(demo, run, package, *options, processes=world, node=node) for node in nodes]
         begin, done = time.monotonic(), len(read_complete(log))
         if len(rows) == most:
             assert [process.wait(400) for process in launchers] == [0] * len(nodes), end_of(run)
@@ -239,14 +257,15 @@ def killed_run(
             time.sleep(generator.uniform(0, 12))
         victim = generator.choice(launchers)
         whole = [member for process in launchers for member in tree(process)]
-        chosen = {"tree": whole, "node": tree(victim), "launcher": tree(victim)[:1], "rank": ranks_of(victim)[-1:]}
+        alone = tree(victim)[:1]
+        chosen = {"tree": whole, "node": tree(victim), "launcher": alone, "stop": alone, "rank": ranks_of(victim)[-1:]}
         killed = time.monotonic()
         for member in reversed(chosen[kind]):
             with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+                member.terminate() if kind == "stop" else member.kill()
         statuses = [process.wait(120) for process in launchers]
         assert psutil.wait_procs(whole, timeout=60)[1] == [], end_of(run)  # all is over, whoever was killed
-        if not any(statuses):  # it had ended before
+        if (run / "model").exists():  # it had ended before
             return rows
         names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
         phase = "training" if len(read_complete(log)) > done else "starting"

@@ -1,6 +1,7 @@
 """Schedule, loss weighting, configuration, and whole runs: launched, stopped, resumed, exported, loaded."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -18,6 +19,7 @@ import finetune
 import merge
 import reproduce
 from llava_next.data.inputs.listing import list_json
+from llava_next.model.folders.adapters import read_adapter
 from llava_next.model.folders.card import points_of, read_story
 from llava_next.model.folders.check_adapter import check_adapter
 from llava_next.model.folders.export import save_model
@@ -29,6 +31,7 @@ from llava_next.training.provenance import code_hash
 from llava_next.training.recipe.config import parse_run, save_run
 from llava_next.training.recipe.optim import rate_multiplier, warmup_steps
 from llava_next.training.setup import report_export
+from llava_next.training.watch.metrics import si
 from reproducing.ledger import ledger_table, read_ledger
 from support.demo import build_demo, compose_demo
 from support.runs import run_demo
@@ -213,6 +216,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(demo, tmp_path, monkeypatch,
     finetune.main(None)
     out = capsys.readouterr().out
     assert "steps      6 of 16 samples, 1 warm-up" in out and "llm" in out and f"{SAMPLES} samples x 1" in out
+    model = LlavaNextForConditionalGeneration.from_pretrained("base")
+    disk = f"{si(2 * model.num_parameters(), 'B')} the result"
+    assert f", {disk}\n" in out and "max_steps" not in out
+    short = ["--max_steps", "2", "--lora.r", "16", "--optim.rates.vision", "null"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *short])
+    finetune.main(None)
+    out, whole = capsys.readouterr().out, out
+    assert "steps      6 of 16 samples, 1 warm-up" in out and "\n           ends after step 2 by max_steps," in out
+    adapters = 2 * 16 * (4 * (128 + 128) + 3 * (128 + 320))  # of rank 16 in 2 layers; merged in the result
+    assert f", {disk}, {si(4 * adapters, 'B')} its adapter\n" in out
+    ways = [line.split()[0] for line in out.split("ways  ")[1].splitlines()[2:7]]  # in fp32, without bf16 masters
+    assert ways[:4] == ["LoRA", "in", "adamw8bit", "QLoRA"] and len(ways) == 5
+    counted = [int(re.search(r"in all +([\d,]+) tokens", text)[1].replace(",", "")) for text in (out, whole)]
+    assert counted[0] / counted[1] == pytest.approx(1 / 3, rel=0.1)
     assert not (tmp_path / "run").exists()
 
 
@@ -255,7 +272,12 @@ def lora_run(demo, tmp_path_factory):
 
 def test_qlora_is_the_same_on_1_rank_and_bit_equal_when_it_goes_on(demo, lora_run, tmp_path):
     options = (*LORA, "--data.batch_size", 32, "--data.token_budget", 600)
-    _, straight = run_stage(demo, tmp_path / "straight", *options, processes=1)
+    done, straight = run_stage(demo, tmp_path / "straight", *options, processes=1)
+    model, adapter, base = (f"{tmp_path}/straight/{name}" for name in ("model", "adapter", "base"))
+    assert done.stdout.splitlines()[-2:] == [
+        f"model written to {model}; 10 checks made",
+        f"adapter written to {adapter}, for its base {base}; 14 checks made",
+    ]
     run_stage(demo, tmp_path / "stopped", *options, "--max_steps", 1, processes=1)
     _, resumed = run_stage(demo, tmp_path / "stopped", *options, processes=1)
     figures = [[(m["step"], m["loss"], m["grad_norm"]) for m in metrics] for metrics in (straight, resumed)]
@@ -276,6 +298,9 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
     tensors = json.loads((run / "checkpoints/step-00000003/tensors.json").read_text())
     weights = [name for name in tensors if name.startswith("model.")]
     assert len(weights) == 2 * 14 + 4 + 1  # A and B of 7 matrices in 2 layers, projector, newline
+    trained = sum(math.prod(tensors[name]["shape"]) for name in weights)
+    sizes = [path.stat().st_size for path in (run / "checkpoints/step-00000003").glob("rank-*")]
+    assert 0 < sum(sizes) - 12 * trained < 1e5  # weights and two moments; names and random numbers
     assert (run / "base/model-model.safetensors").samefile(demo / "base/model.safetensors")
     assert all(finding.ok for finding in check_adapter(run / "adapter-step-2"))  # beside model-step-2
     assert (run / "base-step-2/trained.safetensors").exists()
@@ -284,8 +309,10 @@ def test_lora_run_leaves_a_model_an_adapter_and_its_base_and_checkpoints_of_what
 
 def test_cards_of_a_run_tell_its_data_recipe_and_losses_and_not_where_it_lay(lora_run, demo):
     run, metrics = lora_run
-    for name, library in (("model", "transformers"), ("adapter", "peft")):
+    for name, library in (("model", "transformers"), ("adapter", "peft"), ("base", "transformers")):
         text = (run / name / "README.md").read_text()
+        assert ("(LLaVA-1.6) base of an adapter (LoRA) in the layout" in text) == (name == "base")
+        assert ("--lora-modules" in text) == (name != "model")
         story = read_story(run / name)
         assert f"library_name: {library}\n" in text and str(run.parent) not in text and str(demo) not in text
         assert all(part["name"].endswith(" (random weights)") for part in story.parts) and "license" not in text
@@ -331,9 +358,10 @@ def test_damaged_adapter_folders_are_found_out(lora_run, tmp_path):
             metadata = metadata or file.metadata()
         save_file({key.replace(old, new): t for key, t in load_file(path).items()}, path, metadata)
 
-    def configure(**changes) -> None:
+    def configure(without: str = "", **changes) -> None:
         path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if key != without}))
 
     assert failed_with(lambda: None) == []
     assert failed_with(lambda: rename("model.language_model.model", "model.model.language_model")) == ["adapter"]
@@ -344,6 +372,14 @@ def test_damaged_adapter_folders_are_found_out(lora_run, tmp_path):
     assert failed_with(lambda: configure(target_modules=r".*\.[qkv]_proj")) == ["layers"]
     assert failed_with(lambda: (folder / "tokenizer.json").unlink()) == ["beside"]
     assert failed_with(lambda: configure(modules_to_save=["lm_head"])) == ["adapter"]
+    assert failed_with(lambda: configure(target_modules=["q_proj"])) == ["layers"]
+    for key, missing in (("r", {}), ("lora_alpha", {}), ("r", {"r": "8"}), ("lora_alpha", {"lora_alpha": 0})):
+        assert failed_with(lambda: configure("" if missing else key, **missing)) == ["adapter"]  # noqa: B023
+        with pytest.raises(ValueError, match=rf"adapter_config.json: {key} is .*copy the folder again"):
+            read_adapter(folder)
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"adapter_config.json is damaged \(no object\)"):
+        read_adapter(folder)
 
 
 def test_merging_by_hand_gives_the_run_s_own_result_and_refuses_another_base(lora_run, demo, tmp_path, capsys):

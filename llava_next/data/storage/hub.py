@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 
 from llava_next.data.storage.errors import RequestError, first_line, redact
 from llava_next.data.storage.objects import SHORTER_THAN_INDEX, Version
+from llava_next.versions import install
 
 _URL = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?(/(?P<folder>[^?#]*))?")
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
@@ -105,7 +106,7 @@ def _huggingface_hub():
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError:
-        raise RequestError("reading from the hub needs huggingface_hub: pip install 'huggingface_hub>=1.0'.") from None
+        raise RequestError(f"reading from the hub needs huggingface_hub: {install('cloud')}.") from None
     huggingface_hub.utils.disable_progress_bars()  # a bar for each shard and process
     return huggingface_hub
 

@@ -9,6 +9,7 @@ export.py: weights and config in the llava-hf layout
 check.py: a folder proven without loading its weights
 starting.py: a folder that training may start from
 adapters.py: adapter folders, and the base that one is for
+merging.py: an adapter put into its base
 check_adapter.py: proofs of an adapter folder
 
 May import: the root's files, model.forward.

@@ -1,4 +1,4 @@
-"""Adapter folders: written in the one form that loads everywhere, read, and merged into a base.
+"""Adapter folders: written in the one form that loads everywhere, and read.
 
 peft reports keys that it misses, never those that it has no place for, so a wrong prefix is the base model without a
 word. Every transformers release finds language model and tower under the names from before 4.52; the projector it
@@ -23,18 +23,16 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaNextConfig
 
-from llava_next.model.folders.card import CARD, read_story, write_card
+from llava_next.model.folders.card import TRAINED
 from llava_next.model.folders.check import DTYPE_NAMES, ModelFolder
 from llava_next.model.folders.companions import copy_companions
 from llava_next.model.folders.export import (
     INDEX_NAME,
-    MAX_FILE_BYTES,
     file_key,
     flush_to_disk,
     made_aside,
     whole,
     write_config,
-    write_weights,
 )
 from llava_next.model.folders.starting import model_fingerprint, own_key
 from llava_next.model.forward.lora import (
@@ -44,14 +42,11 @@ from llava_next.model.forward.lora import (
     adapter_layers,
     adapter_parameters,
     is_adapter,
-    merged_weight,
     target_pattern,
 )
-from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-TRAINED = "trained.safetensors"  # of a base: sorts behind the linked files, because the last of a key's tensors counts
 DTYPES = {name: getattr(torch, dtype) for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -109,7 +104,7 @@ def save_adapter(
         folder: `adapter`, or `adapter` with an ending that its base, `base`, gets too.
         start: model folder that training started from.
         companions: folder with what goes beside weights.
-        tell: called with `folder` before it gets its name, to write the card.
+        tell: called with each of the two before it gets its name, to write the card.
 
     Raises:
         OSError, ValueError: on the main process; the others gather to the end.
@@ -125,7 +120,7 @@ def save_adapter(
             base = start
             if full:
                 base = folder.with_name("base" + folder.name.removeprefix("adapter"))
-                write_base(base, start, full, model.config, companions, lora.copy_base)
+                write_base(base, start, full, model.config, companions, lora.copy_base, tell)
             write_adapter(folder, adapter, list(adapter_layers(model)), lora, base, companions, tell)
     finally:
         for _ in gathered:
@@ -181,13 +176,14 @@ def write_base(
     config: LlavaNextConfig,
     companions: Path,
     copied: bool = False,
+    tell: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """A model folder that is `start` but for some tensors, which lie in a small file; all others are linked, or copied
-    where the file system has no links.
+    where the file system has no links. That file's name sorts behind theirs: the last of a key's tensors counts.
 
     Args:
         trained: parameter's name -> tensor.
-        copied: whether they are copied in any case.
+        copied: whether they are copied in any case; tell: see `save_adapter`.
     """
     found = ModelFolder(start).tensors
     keys = {own_key(key): key for key in found}
@@ -205,6 +201,7 @@ def write_base(
         (aside / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         write_config(config, aside, DTYPES[next(iter(found.values()))[2]])
         copy_companions(companions, aside)
+        tell(aside)
 
 
 def base_file(name: str) -> str:
@@ -242,20 +239,11 @@ def read_adapter(folder: Path) -> AdapterFolder:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; give an adapter folder, such as RUN_DIR/adapter")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged ({error}): copy the folder again") from error
+    config = read_config(folder)
     try:
         weights = safe_open(folder / WEIGHTS, "pt")
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): copy the folder again") from error
-    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
-        if config.get(key, plain) != plain:
-            raise ValueError(f"{folder / CONFIG}: {key} is {config[key]!r}; only {plain!r} can be read here")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise ValueError(f"{folder / CONFIG}: {key} is given; only one r and one alpha for all can be read here")
     tensors: dict[str, dict[str, str]] = {}
     with weights as file:
         fingerprint = (file.metadata() or {}).get("base", "")
@@ -270,6 +258,33 @@ def read_adapter(folder: Path) -> AdapterFolder:
         dora=bool(config.get("use_dora")),
     )
     return AdapterFolder(folder, lora, tensors, Path(config.get("base_model_name_or_path") or ""), fingerprint)
+
+
+def read_config(folder: Path) -> dict:
+    """`adapter_config.json` of a folder, with all that is needed of it.
+
+    Raises:
+        ValueError: it is damaged, or of a kind that cannot be read here.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy the folder again") from error
+    for key, plain in (("peft_type", "LORA"), ("bias", "none"), ("modules_to_save", None)):
+        if config.get(key, plain) != plain:
+            raise ValueError(f"{path}: {key} is {config[key]!r}; only {plain!r} can be read here")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise ValueError(f"{path}: {key} is given; only one r and one alpha for all can be read here")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            said = f"{key} is {value!r}, no number above 0" if key in config else f"{key} is missing"
+            raise ValueError(f"{path}: {said}: copy the folder again, or write what it was trained with")
+    return config
 
 
 def check_of_base(adapter: AdapterFolder, base: Path, key: str) -> None:
@@ -322,63 +337,3 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             tensors = adapter.load(name)
             for kind, parameter in adapter_parameters(layer).items():
                 parameter.copy_(tensors[kind])
-
-
-def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """A base as stock transformers has loaded it, with the adapter of a folder put into its weights, in place.
-
-    Raises:
-        ValueError: a tensor of the adapter finds no place.
-    """
-    adapter = read_adapter(folder)
-    left = set(adapter.tensors)
-    for name, parameter in model.named_parameters():
-        layer = _layer(name)
-        if layer in left:
-            left.remove(layer)
-            parameter.data = merged_weight(parameter.data, adapter.lora.scale, **adapter.load(layer)).to(
-                parameter.dtype
-            )
-    if left:
-        raise ValueError(f"{folder}: adapters of {sorted(left)[:3]} have no place in the base")
-    return model
-
-
-def _layer(name: str) -> str:
-    """Name of the layer that an adapter's tensors are under, of one of our model's parameters."""
-    return name.removesuffix(".weight").replace("vision_tower.vision_model.", "vision_tower.")
-
-
-def merge_adapter(base: Path, folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes the model folder of a base with an adapter in it, tensor by tensor.
-
-    Raises:
-        ValueError: the adapter is another base's, or a tensor of it finds no place.
-        OSError: `out` cannot be written.
-    """
-    adapter, subject = read_adapter(folder), ModelFolder(base)
-    check_of_base(adapter, base, "--model")
-    left = set(adapter.tensors)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        with torch.device("meta"):
-            names = {file_key(n): n for n, _ in LlavaNextForConditionalGeneration(subject.config).named_parameters()}
-        for key, (file, *_) in subject.tensors.items():
-            if own_key(key) not in names:  # a tied head
-                continue
-            with safe_open(base / file, "pt") as opened:
-                tensor = opened.get_tensor(key)
-            layer = _layer(names[own_key(key)])
-            if layer in left:
-                left.remove(layer)
-                tensor = merged_weight(tensor, adapter.lora.scale, **adapter.load(layer))
-            yield own_key(key), tensor
-        if left:
-            raise ValueError(f"{folder}: adapters of {sorted(left)[:3]} have no place in {base}")
-
-    with made_aside(out) as aside:
-        write_weights(tensors(), aside, MAX_FILE_BYTES, dtype)
-        write_config(subject.config, aside, dtype)
-        copy_companions(folder if (folder / "tokenizer.json").exists() else base, aside)
-        if (folder / CARD).exists():
-            write_card(aside, read_story(folder))

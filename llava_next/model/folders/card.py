@@ -28,6 +28,16 @@ DRAWN_STEPS = 100  # a picture is made of runs with at least so many
 LICENCE = ("license", "license_name", "license_link")
 PLACE = "PATH/TO/THIS/FOLDER"
 TASK = "image-text-to-text"
+TRAINED = "trained.safetensors"  # of an adapter's base, see `adapters.write_base`
+KINDS = {
+    "model": ("model", ", which also vLLM loads"),
+    "adapter": ("adapter (LoRA)", ", to be put on its base"),
+    "base": (
+        "base of an adapter (LoRA)",
+        f": the model that training started from, with what trained in full beside the adapter in `{TRAINED}`. Without "
+        "the adapter it answers as nobody has trained it",
+    ),
+}
 BEGINNING = """
 A LLaVA-NeXT (LLaVA-1.6) {kind} in the layout of stock `transformers`{how}. It sees a picture as a base tile and a grid
 of tiles (AnyRes).
@@ -108,12 +118,11 @@ def write_card(folder: Path, story: Story, repo: str | None = None) -> None:
         folder: whole but for the card: config, tokenizer, chat template.
         repo: `ORG/NAME` where it will lie on the hub.
     """
-    is_adapter = (folder / "adapter_config.json").exists()
+    marks = {"adapter": "adapter_config.json", "base": TRAINED}
+    kind = next((name for name, file in marks.items() if (folder / file).exists()), "model")
     drawn = max((stage["steps"] for stage in story.stages), default=0) >= DRAWN_STEPS and find_spec("matplotlib")
     if drawn:
         draw_losses(story.stages, folder / CURVE)
-    kind = "adapter (LoRA)" if is_adapter else "model"
-    how = ", to be put on its base" if is_adapter else ", which also vLLM loads"
     sections = {
         "Made of": made_of(story),
         "Data": data_table(story),
@@ -121,14 +130,14 @@ def write_card(folder: Path, story: Story, repo: str | None = None) -> None:
         "Loss": f"![Loss of each stage]({CURVE})" if drawn else loss_tables(story),
         "Versions": stage_table(story, "versions"),
         "Scores": score_table(story.scores),
-        "Use": usage(folder, repo or PLACE, is_adapter),
+        "Use": usage(folder, repo or PLACE, kind),
         "Prompt": prompt(folder),
     }
     names = list(dict.fromkeys(part["name"].rpartition("/")[2] for part in story.parts))
     title = repo or f"LLaVA-NeXT{' of ' if names else ''}{' and '.join(names)}"
     text = "\n\n".join(f"## {name}\n\n{body}" for name, body in sections.items() if body)
-    head = front_matter(story, "peft" if is_adapter else "transformers", title)
-    about = " ".join(BEGINNING.format(kind=kind, how=how).split())
+    head = front_matter(story, "peft" if kind == "adapter" else "transformers", title)
+    about = " ".join(BEGINNING.format(kind=KINDS[kind][0], how=KINDS[kind][1]).split())
     (folder / CARD).write_text(f"---\n{head}\n---\n\n# {title}\n\n{about}\n\n{text}\n", encoding="utf-8")
 
 
@@ -241,17 +250,22 @@ def score_table(scores: dict[str, dict]) -> str:
     return table(("benchmark", "metric", "score", "samples", "published"), rows)
 
 
-def usage(folder: Path, place: str, is_adapter: bool) -> str:
+def usage(folder: Path, place: str, kind: str) -> str:
     """How to load it."""
-    base = "BASE" if is_adapter else place
-    adapter = f'model = PeftModel.from_pretrained(model, "{place}")\n' if is_adapter else ""
-    imports = "from peft import PeftModel\n" if is_adapter else ""
+    base, over = {"model": (place, ""), "adapter": ("BASE", place), "base": (place, "ADAPTER")}[kind]
+    adapter = f'model = PeftModel.from_pretrained(model, "{over}")\n' if over else ""
+    imports = "from peft import PeftModel\n" if over else ""
     serve = f"vllm serve {base}"
-    said = ""
-    if is_adapter:
+    said, rank = "", "RANK"
+    if kind == "adapter":
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-        serve += f" --enable-lora --max-lora-rank {rank} --lora-modules mine={place}"
         said = "`BASE` is the folder that `base_model_name_or_path` in `adapter_config.json` names.\n\n"
+    elif kind == "base":
+        said = (
+            "`ADAPTER` is the folder that names this one as its base, `RANK` is `r` in its `adapter_config.json`.\n\n"
+        )
+    if over:
+        serve += f" --enable-lora --max-lora-rank {rank} --lora-modules mine={over}"
     return f"""{said}```python
 {imports}from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor

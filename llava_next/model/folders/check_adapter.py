@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -17,11 +16,17 @@ from llava_next.model.folders.adapters import (
     check_of_base,
     layer_and_kind,
     read_adapter,
+    read_config,
 )
 from llava_next.model.folders.check import Finding, ModelFolder, check_folder
 from llava_next.model.folders.companions import COMPANION_FILES
 from llava_next.model.folders.export import file_key
 from llava_next.model.forward.lora import ADAPTER
+
+
+def check_any(folder: Path) -> list[Finding]:
+    """Proves a model or an adapter folder, whichever it is."""
+    return check_adapter(folder) if (folder / CONFIG).exists() else check_folder(folder)
 
 
 def check_adapter(folder: Path) -> list[Finding]:
@@ -73,7 +78,9 @@ def _check_base(adapter: AdapterFolder) -> str:
 def _check_layers(adapter: AdapterFolder) -> str:
     """Shapes fit, and the pattern names exactly the layers that have tensors, in old trees and new ones."""
     base, r = ModelFolder(adapter.base), adapter.lora.r
-    pattern = json.loads((adapter.path / CONFIG).read_text())["target_modules"]
+    pattern = read_config(adapter.path).get("target_modules")
+    if not isinstance(pattern, str):  # a list of names would fit the tower's attention as well
+        raise ValueError(f"{CONFIG}: target_modules is {pattern!r}, not one pattern: export again")
     with safe_open(adapter.path / WEIGHTS, "pt") as file:
         for layer, found in adapter.tensors.items():
             rows, columns = base.shapes[file_key(f"{layer}.weight")]

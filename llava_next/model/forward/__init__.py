@@ -8,5 +8,5 @@ head.py: the LM head whose forward is the loss
 lora.py: low-rank adapters by peft, and their dropout
 nf4.py: frozen matrices in 4 bits by bitsandbytes, as FSDP2 shards them
 
-May import: nothing of the project.
+May import: the root's files.
 """

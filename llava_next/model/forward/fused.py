@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-INSTALL = "pip install -e '.[fused]'"
+from llava_next.versions import install
+
 # Kinds whose norm is weight * (x / rms(x)), rounded before the product; whose MLP is down(act(gate(x)) * up(x)); and
 # whose rotary embedding turns both halves of whole heads.
 KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -48,7 +49,7 @@ def choose_fused(wanted: bool | str, device: torch.device, elsewhere: str | None
     if device.type != "cuda":
         obstacle = obstacle or f"they are for CUDA, the device is {device.type}"
     if not obstacle and find_spec("liger_kernel") is None:
-        obstacle = f"liger-kernel is not installed; `{INSTALL}`"
+        obstacle = f"liger-kernel is not installed; `{install('fused')}`"
     if not obstacle:
         try:
             return load_kernels(), "norm, SwiGLU and rotary embedding by Liger's kernels"

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,11 +25,12 @@ from torch import nn
 
 from llava_next.model.forward.modeling import used_layers
 from llava_next.model.forward.nf4 import bitsandbytes, quantise
+from llava_next.versions import unfit
 
-INSTALL = "pip install -e '.[lora]'"
 LEAST_PEFT = (0, 18)
 ADAPTER = "default"  # peft's name of the one adapter
 MARK, BASE = ".lora_", ".base_layer."  # in names of adapters' parameters, and of those that have one
+WHOLE = {"lm_head", "embed_tokens"}  # what nothing is put in place of: tied in some models, and looked up by its rows
 # group of layers -> their names in our model, and in the trees of all transformers releases
 GROUPS = {
     "llm": ("model.language_model.layers.", r"(?:model\.)?language_model\.(?:model\.)?layers\."),
@@ -88,13 +90,13 @@ def check_lora(lora: Lora) -> None:
     if not lora.targets:
         raise ValueError("lora.targets: names no layer; give one or more of llm, vision, projector")
     for target in lora.targets:
-        if target.partition(".")[0] not in GROUPS:
-            raise ValueError(f"lora.targets: {target!r} begins with none of {', '.join(GROUPS)}; try 'llm.*.{target}'")
-    if find_spec("peft") is None:
-        raise ValueError(f"lora: peft is not installed; `{INSTALL}`, or leave lora out to train in full")
-    found = tuple(int(part) for part in re.findall(r"\d+", version("peft"))[:2])
-    if found < LEAST_PEFT:
-        raise ValueError(f"lora: peft {version('peft')} is older than 0.18; `{INSTALL}`")
+        group, *rest = target.split(".")
+        if group not in GROUPS:
+            near = [".".join([name, *rest]) for name in get_close_matches(group, GROUPS, 1)] or [f"llm.*.{target}"]
+            advice = "head and embeddings get no adapters" if WHOLE & set(target.split(".")) else f"try {near[0]!r}"
+            raise ValueError(f"lora.targets: {target!r} begins with none of {', '.join(GROUPS)}; {advice}")
+    if obstacle := unfit("peft", LEAST_PEFT, "lora"):
+        raise ValueError(f"lora: {obstacle}, or leave lora out to train in full")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

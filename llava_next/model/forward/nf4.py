@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import sys
 from collections.abc import Collection
 from contextlib import contextmanager
 from importlib.metadata import version
-from importlib.util import find_spec
 
 import torch
 from torch import nn
 
-INSTALL = "pip install -e '.[qlora]'"
+from llava_next.versions import unfit
+
 LEAST = (0, 50)  # whose products of 4-bit matrices are one operation, see `parallel.KEPT`
 BLOCK, GROUP = 64, 256  # values that share a scale, and scales that share theirs: bitsandbytes' own
 PIECE = 2**23  # values that are quantised at a time: what that takes is beyond what malloc keeps for itself
@@ -155,11 +154,8 @@ def quantise(
 
 def check_nf4() -> None:
     """Raises ValueError unless a bitsandbytes that can do it is installed; does not import it."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(f"quantize: bitsandbytes is not installed; `{INSTALL}`, or leave quantize out")
-    found = version("bitsandbytes")
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < LEAST:
-        raise ValueError(f"quantize: bitsandbytes {found} is older than {'.'.join(map(str, LEAST))}; `{INSTALL}`")
+    if obstacle := unfit("bitsandbytes", LEAST, "qlora"):
+        raise ValueError(f"quantize: {obstacle}, or leave quantize out")
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype) -> None:

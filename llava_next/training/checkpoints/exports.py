@@ -29,7 +29,7 @@ def export_run(
     """Writes what a run has made so far: `model/`, with adapters `adapter/` and `base/` before it. A collective.
 
     Args:
-        ending: of these names; checkpoints, check, tell: see `export_model`.
+        ending: of these names; checkpoints, tell: see `export_model`; check: so too, and of the adapter's folder.
 
     Returns:
         The model's folder.
@@ -39,13 +39,20 @@ def export_run(
     """
     run_dir = Path(config.run_dir)
     folder, companions, start = run_dir / f"model{ending}", run_dir / COMPANIONS, Path(config.model)
+    adapter = run_dir / f"adapter{ending}"
+
+    def write(is_main_process: bool) -> None:
+        save_adapter(model, adapter, config.lora, start, companions, is_main_process, tell)
+
+    def prove(is_main_process: bool) -> None:
+        if is_main_process:
+            check(adapter)
+
     if config.lora:
-
-        def write(is_main_process: bool) -> None:
-            save_adapter(model, run_dir / f"adapter{ending}", config.lora, start, companions, is_main_process, tell)
-
-        _write_together(write, run_dir / f"adapter{ending}", checkpoints)
+        _write_together(write, adapter, checkpoints)
     export_model(model, folder, companions, checkpoints, check, tell, start)
+    if config.lora:
+        _write_together(prove, adapter, checkpoints)
     return folder
 
 

@@ -6,5 +6,5 @@ parallel.py: Accelerator and FSDP2, made to hold for this model
 float8.py: linear layers in float8, by torchao
 agreement.py: what the ranks tell each other about a step
 
-May import: data.loading, data.storage, model.forward.
+May import: the root's files, data.loading, data.storage, model.forward.
 """

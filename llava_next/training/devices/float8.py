@@ -11,14 +11,13 @@ rounding between token budgets, where without float8 it differs within float32's
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import nn
 
 from llava_next.training.devices.launch import layer_stacks
+from llava_next.versions import unfit
 
-INSTALL = "pip install -e '.[float8]'"
+LEAST_TORCHAO = (0, 18)  # see setup.cfg
 LEAST_CAPABILITY = (8, 9)  # Ada, Hopper, Blackwell
 MULTIPLE = 16  # of both sides of a matrix, for the hardware's products
 
@@ -63,10 +62,10 @@ def check_float8(llm_trains: bool = True) -> None:
     """Refuses what could run on no machine.
 
     Raises:
-        ValueError: torchao is missing, or the language model is frozen.
+        ValueError: torchao is missing or too old, or the language model is frozen.
     """
-    if find_spec("torchao") is None:
-        raise ValueError(f"float8: torchao is not installed; `{INSTALL}`, or set it to false")
+    if obstacle := unfit("torchao", LEAST_TORCHAO, "float8"):
+        raise ValueError(f"float8: {obstacle}, or set it to false")
     if not llm_trains:
         # torchao computes the gradient of every weight, wanted or not, and keeps the inputs that takes: a frozen model
         # would multiply three times where bf16 does twice, in memory that no plan counted.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
+from llava_next.model.forward.lora import is_adapter
 from llava_next.training.devices.launch import layer_stacks
 from llava_next.training.forecast.activations import Compute, activations
 from llava_next.training.forecast.flops import Checkpointing, adapted_matrices
@@ -47,6 +48,7 @@ class Units:
 
     Args:
         coded: trained parameters whose moments can be in 8 bits; scales: of one such moment.
+        adapters: parameters of adapters, which are merged into the others in a result.
     """
 
     llm_layer: Unit
@@ -57,6 +59,7 @@ class Units:
     whole: Unit
     coded: int = 0
     scales: int = 0
+    adapters: int = 0
 
     def trained_bytes(self, optimizer: str = "adamw", master: str = "fp32") -> tuple[int, int]:
         """Bytes of trained parameters and of their moments, over all ranks; what a checkpoint holds.
@@ -68,6 +71,12 @@ class Units:
         if optimizer == "adamw8bit":
             moments += (2 - 8) * self.coded + 8 * self.scales
         return (2 if master == "bf16" else 4) * self.whole.trainable, moments
+
+    def disk_bytes(self, optimizer: str = "adamw", master: str = "fp32") -> tuple[int, int, int]:
+        """Bytes of a checkpoint, of the result's weights in bf16, and of its adapter's in float32; of a model whose
+        matrices are whole."""
+        checkpoint = sum(self.trained_bytes(optimizer, master))
+        return checkpoint, 2 * (self.whole.parameters - self.adapters), 4 * self.adapters
 
 
 def units(model: nn.Module) -> Units:
@@ -89,11 +98,12 @@ def units(model: nn.Module) -> Units:
     whole = unit(model)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}.values()
     coded = [(p.numel(), block) for p in trained if (block := block_length(p.shape))]
+    adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
     apart = [*map(unit, (*vision_layers, *llm_layers)), unit(*head), *([] if tied else [unit(embedding)])]
     root = Unit(*(getattr(whole, n) - sum(getattr(u, n) for u in apart) for n in ("trainable", "frozen")))
     return Units(
         *(unit(llm_layers[0]), unit(vision_layers[0]), Unit(0, 0) if tied else unit(embedding), unit(*head)),
-        *(root, whole, sum(n for n, _ in coded), sum(n // block for n, block in coded)),
+        *(root, whole, sum(n for n, _ in coded), sum(n // block for n, block in coded), adapters),
     )
 
 

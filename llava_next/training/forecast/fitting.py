@@ -1,4 +1,4 @@
-"""What would fit where a plan does not: other budgets, or less of what is there whatever a micro-batch holds."""
+"""Other ways to train: all of them side by side, and what would fit where a plan does not."""
 
 from __future__ import annotations
 
@@ -10,10 +10,52 @@ from importlib.util import find_spec
 from llava_next.model.forward.lora import Lora
 from llava_next.training.devices.hardware import GPUS_PER_NODE
 from llava_next.training.forecast.budget import Layout, Units
-from llava_next.training.forecast.picking import Picking, Wanted
+from llava_next.training.forecast.picking import Candidate, Picking, Wanted
 from llava_next.training.recipe.optim import AdaptedRates, Rates
 
 FREEZABLE = ("vision", "llm")
+# ways to train, by `OptimConfig.name` and `OptimConfig.master`, and by how matrices under adapters are kept
+IN_FULL = {("adamw", "fp32"): "in full", ("adamw8bit", "fp32"): "adamw8bit"}
+IN_FULL |= {("adamw", "bf16"): "bf16 master", ("adamw8bit", "bf16"): "both"}
+ADAPTED = {None: "LoRA", "nf4": "QLoRA"}
+
+
+def way_of(picking: Picking) -> str:
+    """The way that a plan trains."""
+    rates, layout = picking.rates, picking.layout
+    return ADAPTED[rates.quantize] if rates.lora else IN_FULL[layout.optimizer, layout.master]
+
+
+def ways_to_train(picking: Picking, counts_of: Callable[[Rates], Units]) -> dict[str, Candidate]:
+    """The best budgets under each way to train but the plan's own: in full by each optimizer, by adapters, over 4 bits.
+
+    Left out is what cannot be counted: adapters without peft; matrices that are no whole blocks; bf16 masters where
+    all is computed in fp32.
+
+    Args:
+        picking: of the plan, in which the language model trains; counts_of: the model's units under other rates.
+    """
+    free, rates, found = replace(picking, wanted=Wanted()), picking.rates, {}
+    if rates.lora:
+        rates = AdaptedRates(**vars(rates) | {"lora": None, "quantize": None})
+        free = replace(free, rates=rates, counts=counts_of(rates))
+    for (optimizer, master), way in IN_FULL.items():
+        if master == "fp32" or free.layout.compute.nbytes == 2:
+            layout = replace(free.layout, optimizer=optimizer, master=master)
+            found[way] = replace(free, layout=layout).choose().picked
+    layout = picking.layout if picking.rates.lora else replace(picking.layout, optimizer="adamw", master="fp32")
+    for quantize, way in ADAPTED.items() if find_spec("peft") else ():
+        with suppress(ValueError):  # a model whose matrices are too small, or no whole blocks
+            rates = adapted(picking.rates, quantize)
+            found[way] = replace(free, rates=rates, counts=counts_of(rates), layout=layout).choose().picked
+    found.pop(way_of(picking), None)
+    return found
+
+
+def adapted(rates: Rates, quantize: str | None) -> AdaptedRates:
+    """The rates with adapters, where there are none in the language model by the published recipe."""
+    changes = {"lora": rates.lora or Lora(), "vision": rates.vision if rates.lora else None, "quantize": quantize}
+    return AdaptedRates(**vars(rates) | changes)
 
 
 def ways_to_fit(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[str]:
@@ -54,9 +96,8 @@ def by_adapters(picking: Picking, counts_of: Callable[[Rates], Units]) -> list[s
     if before.llm is None or before.quantize or not find_spec("peft"):
         return []
     options = [] if before.lora else ["--lora.r", str(Lora.r), "--optim.rates.llm 2e-4 --optim.rates.vision null"]
-    changes = {"lora": before.lora or Lora(), "vision": before.vision if before.lora else None}
     for quantize in ("nf4",) if before.lora else (None, "nf4"):
-        rates = AdaptedRates(**vars(before) | changes | {"quantize": quantize})
+        rates = adapted(before, quantize)
         with suppress(ValueError):  # a model whose matrices are too small, or no whole blocks
             if (need := least(replace(picking, rates=rates, counts=counts_of(rates)))) <= picking.hardware.memory:
                 words = [*options, *(["--quantize nf4"] if quantize else [])]

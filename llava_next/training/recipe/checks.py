@@ -11,6 +11,7 @@ from llava_next.model.forward.lora import check_lora
 from llava_next.model.forward.nf4 import check_nf4
 from llava_next.training.devices.float8 import check_float8
 from llava_next.training.recipe.low_memory import check_torchao
+from llava_next.versions import install
 
 if TYPE_CHECKING:
     from llava_next.training.recipe.config import RunConfig
@@ -62,10 +63,11 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     if config.quantize:
         check_quantized(config)
     for name in config.log_with:
-        require(find_spec(name) is not None, "log_with", f"{name} is not installed; `pip install {name}`")
+        require(find_spec(name) is not None, "log_with", f"{name} is not installed; `{install('track')}`")
     if config.push_to_hub is not None:
         check_repository(config.push_to_hub)
     require(config.push_to_hub is not None or not config.push_public, "push_public", "says nothing without push_to_hub")
+    require(config.max_steps is None or config.max_steps > 0, "max_steps", f"must be positive, not {config.max_steps}")
     require(data.max_length > 1, "data.max_length", "must be at least 2 tokens")
     steps = config.profile.steps
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")

@@ -231,6 +231,10 @@ class RunConfig:
         """What is trained, and how."""
         return AdaptedRates(**vars(self.optim.rates), lora=self.lora, quantize=self.quantize)
 
+    def last_step(self, total: int) -> int:
+        """The step that the run ends with, of a schedule of so many."""
+        return min(total, self.max_steps or total)
+
     @property
     def compiled(self) -> bool:
         """What `compile_layers` means."""

@@ -14,13 +14,10 @@ parameter, its number of updates and the place in the whole tensor: the same on 
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -28,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from llava_next.model.forward.lora import mix
+from llava_next.training.devices.float8 import LEAST_TORCHAO
+from llava_next.versions import unfit
 
-INSTALL = "pip install -e '.[adamw8bit]'"
-LEAST_TORCHAO = (0, 18)
 BLOCK = 256  # values that share a scale, where a row is a multiple of it; as in torchao and bitsandbytes
 LEAST_BLOCK, MOST_BLOCK = 16, 512
 LEAST_VALUES = 4096  # of a parameter whose moments are stored in 8 bits, as in torchao
@@ -41,11 +38,8 @@ SCALE = "_scale"
 
 def check_torchao() -> None:
     """Raises ValueError: torchao is missing or too old."""
-    if find_spec("torchao") is None:
-        raise ValueError(f"optim.name: adamw8bit needs torchao, which is not installed; `{INSTALL}`, or set adamw")
-    found = tuple(int(part) for part in re.findall(r"\d+", version("torchao"))[:2])
-    if found < LEAST_TORCHAO:
-        raise ValueError(f"optim.name: adamw8bit needs torchao 0.18, {version('torchao')} is older; `{INSTALL}`")
+    if obstacle := unfit("torchao", LEAST_TORCHAO, "adamw8bit"):
+        raise ValueError(f"optim.name: adamw8bit needs torchao: {obstacle}, or set adamw")
 
 
 def block_length(shape: torch.Size) -> int | None:
