@@ -129,9 +129,7 @@ def test_a_hub_data_set_out_of_reach_says_how_to_fetch_it(monkeypatch):
         raise ConnectionError("Couldn't reach 'org/none' on the Hub")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=unreachable))
-    with pytest.raises(
-        ValueError, match=r"--hf org/none: ConnectionError: .* `hf download org/none --repo-type dataset"
-    ):
+    with pytest.raises(ValueError, match=r"--hf org/none: ConnectionError: .* `hf download org/none --repo"):
         list_hub("org/none", "train")
 
 
