@@ -82,7 +82,8 @@ def output_folder(text: str | os.PathLike) -> Path:
     path = local_path(text)
     nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
-        raise PathError(f"{path}: {nearest} is no folder; give another place")
+        given = "" if nearest == path else f"{path}: "
+        raise PathError(f"{given}{nearest} is no folder; give another place")
     check_writable(nearest)
     return path
 

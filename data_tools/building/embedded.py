@@ -50,7 +50,9 @@ def list_hub(name: str, split: str) -> Listing:
         else:
             dataset = load_dataset(name, split=split)
     except Exception as error:  # whatever the network, the hub or a damaged file make of it
-        raise ValueError(f"--hf {name}: {type(error).__name__}: {error}") from None
+        cure = f"`hf download {name} --repo-type dataset --local-dir DIR` where there is a network, then --hf DIR"
+        cure = "" if Path(name).exists() else f". If it cannot be reached from here: {cure}"
+        raise ValueError(f"--hf {name}: {type(error).__name__}: {str(error).rstrip('.')}{cure}") from None
     if not set(TEXT_KEYS) & set(dataset.column_names):
         raise ValueError(
             f"--hf {name}: no column conversations (or messages, or prompt and completion), only "

@@ -20,6 +20,7 @@ from torch import nn
 from benchmarking.cards import table, write_card
 from benchmarking.levers import GPU_ONLY, REBUILT, SWITCHES, Bench, Unavailable, ready
 from benchmarking.training import How, add_work_arguments, begin, build, card_name
+from llava_next.data.storage.errors import first_line
 from llava_next.training.devices.parallel import finish
 
 
@@ -139,6 +140,8 @@ def row(lever: str, deadline: float, measure_it: Callable[..., dict], *arguments
         return {"lever": lever, "error": "out of memory"}
     except (Unavailable, ValueError) as reason:  # ValueError: float8 where it cannot run
         return {"lever": lever, "error": str(reason)}
+    except Exception as error:  # of a kernel or a compiler: the levers after it have figures of their own
+        return {"lever": lever, "error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def switch(bench: Bench, name: str, repeats: int) -> dict:

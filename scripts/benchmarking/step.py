@@ -25,7 +25,7 @@ from benchmarking.samples import PADDED_BATCH, STAGES, model_config, supervised
 from benchmarking.training import RANKS, How, Work, add_work_arguments, begin, card_name, empty_units, run_steps
 from llava_next.model.forward.attention import attention_names, choose_attention
 from llava_next.model.forward.modeling import LlavaNextForConditionalGeneration
-from llava_next.paths import local_path
+from llava_next.paths import output_folder
 from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.devices.hardware import peak_flops
 from llava_next.training.devices.parallel import finish
@@ -48,7 +48,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--fused", choices=["auto", "true", "false"], default="auto", help="Liger's kernels")
     parser.add_argument("--float8", action="store_true", help="float8 linears in the decoder layers, by torchao")
     parser.add_argument(
-        "--profile", type=local_path, help="folder for a trace of one more step, its operators on the card"
+        "--profile", type=output_folder, help="folder for a trace of one more step, its operators on the card"
     )
 
 

@@ -73,6 +73,11 @@ def test_row_says_that_liger_is_missing_or_the_time_over(monkeypatch):
     assert [row["error"] for row in rows] == ["liger-kernel is not installed", "not begun: no time left"]
     assert "liger-kernel is not installed" in ablate.line(rows[0])
 
+    def fails() -> None:
+        raise RuntimeError("an illegal access\nand much more")
+
+    assert ablate.row("c", 1e9, fails) == {"lever": "c", "error": "RuntimeError: an illegal access"}
+
 
 @pytest.mark.parametrize("vision", [2e-6, None])
 def test_prefetch_changes_no_bit_and_names_only_layers_that_run(one_process, monkeypatch, vision):

@@ -2,8 +2,10 @@
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,6 +122,15 @@ def test_parquet_folder_gives_every_row_with_its_own_image_bytes(parquet, tmp_pa
             kind = row["id"].split("-")[0]
             expected = SMALL.tiles(Image.open(io.BytesIO(encoded(kind, 10 * (number % 5)))))
             assert np.array_equal(decode_strip(sample.images[0].data, 32), expected)
+
+
+def test_a_hub_data_set_out_of_reach_says_how_to_fetch_it(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'org/none' on the Hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=unreachable))
+    with pytest.raises(ValueError, match=r"--hf org/none: ConnectionError: .* `hf download org/none --repo"):
+        list_hub("org/none", "train")
 
 
 def test_what_is_no_hub_data_set_is_a_clear_error(tmp_path, monkeypatch):

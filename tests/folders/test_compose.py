@@ -516,7 +516,7 @@ def test_missing_shard_file_is_named(checkpoints, tmp_path):
     broken = copy_of(vicuna, tmp_path)
     victim = sorted(broken.glob("*.safetensors"))[1]
     victim.unlink()
-    refused(clip, broken, tmp_path / "out", f"index.json names 1 files that are not there: {victim.name}; finish the")
+    refused(clip, broken, tmp_path / "out", f"index.json names 1 files that are not there: {victim.name}; fetch the")
 
 
 def test_cut_off_shard_file_is_named(checkpoints, tmp_path):
@@ -524,7 +524,7 @@ def test_cut_off_shard_file_is_named(checkpoints, tmp_path):
     broken = copy_of(vicuna, tmp_path)
     victim = sorted(broken.glob("*.safetensors"))[0]
     victim.write_bytes(victim.read_bytes()[:-100])
-    refused(clip, broken, tmp_path / "out", f"{victim.name} cannot be read .*; fetch it again")
+    refused(clip, broken, tmp_path / "out", f"{victim.name} cannot be read .*; fetch the checkpoint again")
     (broken / "model.safetensors.index.json").unlink()
     refused(clip, broken, tmp_path / "out", "no model.safetensors, no pytorch_model.bin and no index of either")
 
