@@ -17,6 +17,12 @@ from support import kernels
 from support.builds import make_inputs, run
 
 torch.set_num_threads(1)
+LONG = ("training", "devices", "checkpoints", "forecast")  # folders
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first: no process waits for a run of another one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 @pytest.hookimpl(tryfirst=True)
