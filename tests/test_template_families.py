@@ -12,6 +12,7 @@ from transformers import LlamaTokenizer
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import fingerprint
 from support import real_tokenizers
+from support.chats import CHATS, SYSTEM, TRAPS, assert_stock_reads_it, assert_text_stays_text
 from support.template_setups import (
     FAMILIES,
     POSITION_MATTERS,
@@ -23,7 +24,6 @@ from support.template_setups import (
     supervised_runs,
     turns,
 )
-from test_template_promises import TRAPS, stock_ids
 
 HEADERS = "<|start_header_id|>{}<|end_header_id|>\n\n"
 LLAMA_3_1_SYSTEM = HEADERS.format("system") + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
@@ -69,27 +69,6 @@ PUBLISHED = {
     "mistral_v3": ("", None, "[INST] A?[/INST] B.</s>[INST] C?[/INST]"),
     "mistral_nemo": ("", None, "[INST]A?[/INST]B.</s>[INST]C?[/INST]"),
 }
-SYSTEM = {"from": "system", "value": "S."}
-CHATS = (
-    (
-        1,
-        turns(
-            "Is this <image> a cat?", "A cat.", "Sure?\n\n", "  Yes, 100 %.\n", " Why 3?", "1. He said so\n2. I know"
-        ),
-    ),
-    (2, turns("<image>\nWhat?", "A cat.", "And <image>\nthis? ", "\xe9🐈‍⬛")),
-    (0, turns("Hello", "Hi!\n")),
-    (0, [SYSTEM, *turns("Hello", "Hi!", "Well", "No.")]),
-    (1, [SYSTEM, *turns("<image>", "A \t cat.")]),
-)
-
-
-def messages_of(conversations: list[dict], as_list: bool) -> list[dict]:
-    """As `chat`, with system messages."""
-    texts = [turn["value"] for turn in conversations if turn["from"] == "system"]
-    contents = [[{"type": "text", "text": text}] for text in texts] if as_list else texts
-    system = [{"role": "system", "content": content} for content in contents]
-    return system + chat(conversations[len(system) :], as_list)
 
 
 def test_every_template_is_held_to_its_promises():
@@ -121,24 +100,15 @@ def test_ids_prompts_and_masks_are_those_of_the_saved_chat_template(name: str):
                 encode(s, conversations, n_images)
             continue
         input_ids, labels = encode(s, conversations, n_images)
-        start, _ = supervised_runs(input_ids, labels)[-1]
         answers = [turn["value"] for turn in conversations if turn["from"] == "gpt"]
         stop, before = s.template.answer[1], s.template.answer[0]
         assert learned_texts(s, input_ids, labels) == [before + answer + stop for answer in answers]
-        for as_list in (False, True):
-            messages = messages_of(conversations, as_list)
-            assert stock_ids(s, messages, n_images, False) == input_ids.tolist()
-            prompt = stock_ids(s, messages[:-1], n_images, as_list, add_generation_prompt=True)
-            assert prompt == input_ids[:start].tolist()
+        assert_stock_reads_it(s, conversations, n_images, input_ids, labels)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_text_becomes_a_special_token_of_the_family(name: str):
-    s = setup(name)
-    spelled = "".join([*s.template.special, *TRAPS])
-    got, plain = (encode(s, turns(text, text, "q", "a"))[0] for text in (spelled, "a"))
-    special = [id for id, token in s.tokenizer.added_tokens_decoder.items() if token.special]
-    assert [id for id in got if id in special] == [id for id in plain if id in special]
+    assert_text_stays_text(setup(name), *TRAPS)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,17 @@ from llava_next.own_template import own_template, template_of
 from llava_next.template_jinja import with_images, without_images
 from llava_next.templates import get_template
 from llava_next.tokenise import fingerprint
+from support.chats import (
+    CHATS,
+    SYSTEM,
+    TRAPS,
+    assert_stock_reads_it,
+    assert_text_stays_text,
+    messages_of,
+    plain_text,
+    quick,
+    stock_ids,
+)
 from support.own_templates import REFUSED, TRAINED
 from support.template_setups import (
     Setup,
@@ -27,8 +38,6 @@ from support.template_setups import (
     turns,
     with_template,
 )
-from test_template_families import CHATS, SYSTEM, messages_of
-from test_template_promises import TRAPS, plain_text, quick, stock_ids
 
 STRIPS = {"llama_3_1": "sua", "gemma_3": "ua", "mistral_v3": "a", "thoughtless": ""}  # system, user, assistant
 WITHOUT_SYSTEM = ("mistral_v3", "llama_2")
@@ -67,13 +76,8 @@ def test_chats_with_pictures_have_the_stock_processors_ids(name: str):
                 encode(s, conversations, n_images)
             continue
         ids, labels = encode(s, conversations, n_images)
-        start, _ = supervised_runs(ids, labels)[-1]
         assert ids.tolist().count(s.image_id) == n_images * s.image_length
-        for as_list in (False, True):
-            messages = messages_of(conversations, as_list)
-            assert stock_ids(s, messages, n_images, False) == ids.tolist()
-            prompt = stock_ids(s, messages[:-1], n_images, as_list, add_generation_prompt=True)
-            assert prompt == ids[:start].tolist()
+        assert_stock_reads_it(s, conversations, n_images, ids, labels)
 
 
 @pytest.mark.parametrize("name", ["own_llama_3_1", "own_zephyr", "olmo_2", "gemma_3"])
@@ -91,11 +95,7 @@ def test_any_ordinary_text_has_the_stock_processors_ids(name: str, pairs, system
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_no_text_becomes_a_special_token(name: str):
-    s = own(name)
-    spelled = "".join([*s.template.special, *(trap for trap in TRAPS if trap != "\n")])
-    got, plain = (encode(s, turns(text, text, "q", "a"))[0] for text in (spelled, "a"))
-    special = [id for id, token in s.tokenizer.added_tokens_decoder.items() if token.special]
-    assert [id for id in got if id in special] == [id for id in plain if id in special]
+    assert_text_stays_text(own(name), *(trap for trap in TRAPS if trap != "\n"))
 
 
 @pytest.mark.parametrize(

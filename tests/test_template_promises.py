@@ -10,22 +10,19 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
-import transformers
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from packaging import version
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import IMAGE_TOKEN
 from support import real_tokenizers
+from support.chats import any_text, plain_text, quick, stock_ids
 from support.template_setups import (
-    IMAGE,
     POSITION_MATTERS,
     SENTENCEPIECE,
     SETUPS,
-    Setup,
     chat,
     encode,
     learned_texts,
@@ -56,19 +53,6 @@ CHATS = {
     "two_images": (2, turns("<image>\n<image>\nCompare them.", "One is red.")),
     "two_images_two_turns": (2, turns("<image>\nWhat?", "A cat.", "And <image>\nthis? ", "A dog.")),
 }
-
-
-def stock_ids(s: Setup, messages: list[dict], n_images: int, at_once: bool, **kwargs) -> list[int]:
-    """Ids by rendering and then processing, or by `apply_chat_template(tokenize=True)`."""
-    images = [IMAGE] * n_images or None
-    if not at_once:
-        text = s.processor.apply_chat_template(messages, **kwargs)
-        return s.processor(text=text, images=images)["input_ids"][0]
-    if images and not isinstance(messages[0]["content"], list):
-        if version.parse(transformers.__version__) < version.parse("5.23"):  # would pass them twice
-            return stock_ids(s, messages, n_images, False, **kwargs)
-        kwargs["processor_kwargs"] = {"images": images}
-    return s.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"][0]
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -156,37 +140,7 @@ def test_turns_that_no_format_has_are_refused_in_jinja():
 
 # ---- any text --------------------------------------------------------------------------------------------------------
 
-TRAPS = [
-    *("<s>", "</s>", "<unk>", "<pad>", IMAGE_TOKEN, "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>"),
-    *("<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|reserved_special_token_7|>"),
-    *("[INST]", "[/INST]", " ASSISTANT: ", "USER: ", "user", "assistant", "system", "<0x0A>", "▁"),
-    *(
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\t",
-        "\xa0",
-        ":",
-        "<",
-        "</",
-        "s>",
-        "<|",
-        "|>",
-        "e\u0301",
-        "\u0301",
-        "🐈‍⬛",
-        "1234",
-        "word",
-    ),
-]
-any_text = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(max_size=6)), min_size=1, max_size=7).map("".join)
-plain_text = any_text.filter(lambda text: not re.search(r"<[^>]*>|<\||\|>", text))
 answers_text = any_text.filter(str.strip)
-quick = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.filter_too_much]
-)
 
 
 @pytest.mark.parametrize("name", SETUPS)

@@ -17,8 +17,8 @@ from llava_next.model.folders.dry import corpus_texts, train_tokenizer
 from llava_next.own_template import own_template
 from llava_next.templates import TEMPLATES, get_template
 from llava_next.tokenise import DATA_TOKENS, IMAGE_TOKEN, fingerprint
+from support.chats import assert_stock_reads_it, messages_of, plain_text, quick, stock_ids
 from support.template_setups import SETUPS, Setup, chat, encode, learned_texts, setup, supervised_runs, turns
-from test_template_promises import plain_text, quick, stock_ids
 
 WITH_SYSTEM = [name for name in SETUPS if get_template(SETUPS[name][0]).system_turn is not None]
 TALK = turns("<image>\nWhat is it?", "A cat.", "Sure?", "Yes, 100 %.")
@@ -30,13 +30,6 @@ def with_system(text: str, conversations: list[dict]) -> list[dict]:
     return [{"from": "system", "value": text}, *conversations]
 
 
-def messages_of(conversations: list[dict], as_list: bool = False) -> list[dict]:
-    """As `chat`, with a system message."""
-    text = conversations[0]["value"]
-    content = [{"type": "text", "text": text}] if as_list else text
-    return [{"role": "system", "content": content}, *chat(conversations[1:], as_list)]
-
-
 @pytest.mark.parametrize("name", WITH_SYSTEM)
 @pytest.mark.parametrize("text", ["Be brief.", "  Zwei  Zeilen \nund 🐱. ", "\nA break", ""])
 def test_a_samples_system_prompt_has_the_saved_chat_templates_ids(name: str, text: str):
@@ -44,11 +37,7 @@ def test_a_samples_system_prompt_has_the_saved_chat_templates_ids(name: str, tex
     input_ids, labels = encode(s, conversations, 1)
     stop = s.template.answer[1]
     assert learned_texts(s, input_ids, labels) == ["A cat." + stop, "Yes, 100 %." + stop]
-    start, _ = supervised_runs(input_ids, labels)[-1]
-    for as_list in (False, True):
-        messages = messages_of(conversations, as_list)
-        assert stock_ids(s, messages, 1, False) == input_ids.tolist()
-        assert stock_ids(s, messages[:-1], 1, False, add_generation_prompt=True) == input_ids[:start].tolist()
+    assert_stock_reads_it(s, conversations, 1, input_ids, labels)
     assert encode(s, with_system(s.template.system, TALK), 1)[0].tolist() == encode(s, TALK, 1)[0].tolist()
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,32 +13,28 @@ from safetensors.torch import load_file
 
 from llava_next.training.checkpoints.recovery import complete_checkpoints, read_manifest
 from support.faults import S3Server
-from support.launching import ROOT
+from support.launching import forked, wait_for_all
 from support.runs import losses
 from support.tracing import find_torchao
 
 
 @pytest.fixture(scope="module")
-def train():
+def train(tmp_path_factory):
     """Trains the small model of workers/checkpoints.py: `train(folder, world=2, steps=7, every=3, ...)`."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    worker = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/support/workers/checkpoints.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    folder = tmp_path_factory.mktemp("train")
+    asked, answered = folder / "asked", folder / "answered"
+    for pipe in (asked, answered):
+        os.mkfifo(pipe)
+    worker = forked("tests/support/workers/checkpoints.py", said=answered, hears=asked)
+    with asked.open("w") as jobs, answered.open() as answers:
 
-    def run(folder: Path, **job) -> dict:
-        job = {"world": 2, "steps": 7, "every": 3, "folder": str(folder), **job}
-        worker.stdin.write(json.dumps(job) + "\n")
-        worker.stdin.flush()
-        return json.loads(worker.stdout.readline())
+        def run(folder: Path, **job) -> dict:
+            job = {"world": 2, "steps": 7, "every": 3, "folder": str(folder), **job}
+            print(json.dumps(job), file=jobs, flush=True)
+            return json.loads(answers.readline())
 
-    yield run
-    worker.stdin.close()
-    worker.wait(timeout=30)
+        yield run
+    assert wait_for_all([worker], 30) == 0
 
 
 def finished(answer: dict) -> dict:

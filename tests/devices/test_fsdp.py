@@ -11,6 +11,7 @@ import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.other import get_free_port
 from safetensors.torch import load_file
 
 from llava_next.model.forward.lora import Lora, is_adapter
@@ -106,38 +107,38 @@ def assert_equal_to_one_process(result: dict[str, torch.Tensor], expected) -> No
         torch.testing.assert_close(found, value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# (number of ranks, architecture): what its launch takes a step of, as (tied or not, or another kind; frozen modules)
+# number of ranks: what its launch takes a step of, as (architecture; tied or not, or another kind; frozen modules)
 CASES = {
-    (1, "llama"): [(False, ())],
-    (2, "llama"): [(False, ()), (False, ("llm", "vision"))],
-    (4, "llama"): [(False, ())],
-    (1, "qwen2"): [(False, ("vision",))],
-    (2, "qwen2"): [(True, ()), *((name, ()) for name in ON_REQUEST)],
-    (4, "qwen2"): [(False, ())],
+    1: [("llama", False, ()), ("qwen2", False, ("vision",))],
+    2: [("llama", False, ()), ("llama", False, ("llm", "vision")), ("qwen2", True, ())],
+    4: [("llama", False, ()), ("qwen2", False, ())],
 }
-if len(ON_REQUEST) > 1:
-    CASES[1, "qwen2"] += [(name, ()) for name in ON_REQUEST]
-UPDATED = ((1, "llama"), (2, "llama"))  # all that trains is updated as well, with moments in 8 bits
+for ranks in (1, 2) if len(ON_REQUEST) > 1 else (2,):
+    CASES[ranks] += [("qwen2", name, ()) for name in ON_REQUEST]
+UPDATED = (1, 2)  # on so many ranks all that trains of the first is updated as well, with moments in 8 bits
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory, reference, siglip_qwen2, other_kinds):
     """What the worker wrote of one step, one launch for all of `CASES`: `steps(2, "llama", frozen=("vision",))`."""
 
-    def model_of(tied):
-        return other_kinds(tied) if isinstance(tied, str) else siglip_qwen2[tied]
+    def folder_of(model, tied):
+        if model == "llama":
+            return reference[0]
+        return (other_kinds(tied) if isinstance(tied, str) else siglip_qwen2[tied])[0]
 
     @functools.cache
-    def of(*ranks_and_model) -> dict:
+    def of(processes: int) -> dict:
         folder, jobs = tmp_path_factory.mktemp("steps"), {}
-        for tied, frozen in CASES[ranks_and_model]:
-            model = reference if ranks_and_model[1] == "llama" else model_of(tied)
-            updates = [None, None, "adamw8bit"] if ranks_and_model in UPDATED and not frozen and has_torchao() else []
-            jobs[tied, frozen] = (model[0], folder / f"{len(jobs)}.safetensors", frozen, "full", *updates)
-        run_worker(list(jobs.values()), ranks_and_model[0])
+        for model, tied, frozen in CASES[processes]:
+            updated = processes in UPDATED and not jobs and has_torchao()
+            updates = [None, None, "adamw8bit"] if updated else []
+            out = folder / f"{len(jobs)}.safetensors"
+            jobs[model, tied, frozen] = (folder_of(model, tied), out, frozen, "full", *updates)
+        run_worker(list(jobs.values()), processes)
         return {case: load_file(job[1]) for case, job in jobs.items()}
 
-    return lambda processes, model, tied=False, frozen=(): of(processes, model)[tied, frozen]
+    return lambda processes, model, tied=False, frozen=(): of(processes)[model, tied, frozen]
 
 
 def run_worker(jobs: list[tuple], processes: int = 2, config: str | None = None) -> None:
@@ -325,7 +326,8 @@ def apply_launch_file(monkeypatch, path: str) -> None:
     """Sets the environment that `accelerate launch` would give its processes, by Accelerate's own translation."""
     for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_", "PARALLELISM_"))]:
         monkeypatch.delenv(name)
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))
+    options = ["--config_file", path, "--main_process_port", str(get_free_port())]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args([*options, "script.py"]))
     for name, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", str(arguments.num_processes))

@@ -27,11 +27,11 @@ from llava_next.model.folders.export import save_model
 from llava_next.model.forward.kinds import LANGUAGE_KINDS
 from llava_next.model.forward.lora import Lora, add_adapters
 from llava_next.training.recipe.optim import Rates, freeze
+from support.chats import CHATS, SYSTEM, messages_of
 from support.exports import LLMS, PAIRINGS, compose_kind, compose_pairing, export_pairing
 from support.kinds import KINDS, SIGLIP
 from support.template_setups import FAMILIES, OWNS, SETUPS, setup
 from support.tiny import geometry, pixel_batch, random_samples, tiny_pair
-from test_template_families import CHATS, SYSTEM, messages_of
 
 WANTED = os.environ.get("LLAVA_NEXT_OLD_TRANSFORMERS") == "1"
 RELEASES = ("4.45.2", "4.49.0", "4.57.6")

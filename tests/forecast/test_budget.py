@@ -93,11 +93,16 @@ TRAINED |= {"lora": lora_rates(dropout=0.0), "lora_dropout": lora_rates(dropout=
 TRAINED |= {"lora_some": lora_rates(dropout=0.1, targets=["llm.*.q_proj", "llm.*.down_proj"])}
 
 
+# SigLIP and Qwen2 differ in their own parts: what of them trains is tried once
+KEPT = [(LLAMA3, CLIP, name) for name in TRAINED] + [
+    (QWEN2, SIGLIP, name) for name in ("all", "stage_1", "lora_dropout")
+]
+
+
 @pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("rates", TRAINED.values(), ids=TRAINED)
-@pytest.mark.parametrize(("llm", "tower"), [(LLAMA3, CLIP), (QWEN2, SIGLIP)])
-def test_kept_activations_are_those_that_autograd_keeps(llm, tower, rates, policy):
-    ours, theirs = kept_activations(small_config(llm, tower), rates, policy)
+@pytest.mark.parametrize(("llm", "tower", "trained"), KEPT)
+def test_kept_activations_are_those_that_autograd_keeps(llm, tower, trained, policy):
+    ours, theirs = kept_activations(small_config(llm, tower), TRAINED[trained], policy)
     assert ours == pytest.approx(theirs, rel=0.06)
 
 
@@ -131,7 +136,7 @@ def kept_activations(config, rates: Rates, policy: str) -> tuple[float, int]:
 DEFAULT = (False, "adamw", "fp32")
 CODED = (False, "adamw8bit" if has_torchao() else "adamw", "fp32")
 STEPS = [
-    ["full", True, [], 0, *CODED],
+    ["full", True, ["llm"], 0, *CODED],  # on a CPU an update in 8 bits takes long
     [2, False, [], 0, *DEFAULT],
     ["selective", True, ["llm", "vision"], 0, *DEFAULT],
 ]

@@ -18,6 +18,8 @@ from support.tiny import geometry, gradients, pack_tiny, pairing_config, stock_l
 
 PAIRINGS = [(vision, llm, tied) for vision in TOWERS for llm in LLMS for tied in (False, True)]
 UNTIED = [(vision, llm, False) for vision in TOWERS for llm in LLMS]
+# each pairing once, each language model tied and untied
+ONCE = [(v, llm, (list(TOWERS).index(v) + list(LLMS).index(llm)) % 2 == 1) for v in TOWERS for llm in LLMS]
 POLICIES = ("full", "selective", 1)
 
 
@@ -55,7 +57,7 @@ def test_other_kinds_equal_stock_transformers(folder_of, name):
     assert_equal_to_stock(model, stock, mixed_samples(model.config, seed=1, count=2, longest=130))
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS, ids=label)
+@pytest.mark.parametrize("pairing", ONCE, ids=label)
 def test_changed_weights_survive_export_and_stock_from_pretrained(folder_of, pairing, tmp_path):
     folder, *_ = folder_of(pairing)
     model = LlavaNextForConditionalGeneration.from_pretrained(folder)
@@ -90,7 +92,7 @@ def test_activation_checkpointing_changes_no_bit(folder_of, pairing, policy):
     assert all(torch.equal(gradient, ours[name]) for name, gradient in expected.items())
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS, ids=label)
+@pytest.mark.parametrize("pairing", ONCE, ids=label)
 def test_text_only_and_empty_batches_reach_every_trained_parameter(folder_of, pairing):
     _, model, stock = folder_of(pairing)
     texts = in_slots([s for s in mixed_samples(model.config, seed=4) if not s[1]])

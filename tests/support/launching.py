@@ -39,7 +39,7 @@ def launch(
         for rank, (out, err) in enumerate(zip(*files, strict=True)):
             variables = environment | rank_environment(command[3:], rank, processes, port)
             ranks.append(start(command[command.index(str(ROOT / script)) :], variables, out, err))
-        code = _wait(ranks, timeout)
+        code = wait_for_all(ranks, timeout)
         said = ["".join(file.read_text() for file in kind if file.exists()) for kind in files]
     done = subprocess.CompletedProcess(command, code, *said)
     if check and done.returncode:
@@ -87,11 +87,13 @@ def _preloaded() -> subprocess.Popen:
 
 
 class _Forked:
-    """A rank forked from `_preloaded`, with what `_wait` uses of a `subprocess.Popen`."""
+    """A rank forked from `_preloaded`, with what `wait_for_all` uses of a `subprocess.Popen`."""
 
-    def __init__(self, command: list[str], variables: dict[str, str], out: Path, err: Path) -> None:
+    def __init__(
+        self, command: list[str], variables: dict[str, str], out: Path, err: Path, into: Path | None = None
+    ) -> None:
         rank = {"script": command[0], "args": command[1:], "environment": variables, "folder": str(ROOT)}
-        self.pid = self._ask({"start": {**rank, "out": str(out), "err": str(err)}})
+        self.pid = self._ask({"start": {**rank, "in": str(into or os.devnull), "out": str(out), "err": str(err)}})
         self.returncode: int | None = None
 
     @staticmethod
@@ -115,7 +117,20 @@ class _Forked:
             time.sleep(0.01)
 
 
-def _wait(ranks: list[subprocess.Popen | _Forked], timeout: float) -> int:
+def forked(script: str | Path, *args, said: Path, hears: Path | None = None, **variables: str) -> _Forked:
+    """A script that runs as one process forked from `_preloaded`, to do more with than wait for it.
+
+    Args:
+        script: path below the repository.
+        said: file for what it prints; its errors go beside it, with `.err` behind the name.
+        hears: its standard input; default: none.
+        variables: of its environment, besides this process's.
+    """
+    environment = command_and_environment(script)[1] | variables
+    return _Forked([str(ROOT / script), *map(str, args)], environment, said, Path(f"{said}.err"), hears)
+
+
+def wait_for_all(ranks: list[subprocess.Popen | _Forked], timeout: float) -> int:
     """0 when all ranks end with it; else the first other status, and ranks that do not end by themselves are killed."""
     deadline = time.monotonic() + timeout
     try:

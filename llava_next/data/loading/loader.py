@@ -184,10 +184,10 @@ _ENCODER_FILES: weakref.WeakKeyDictionary[Encoder, str] = weakref.WeakKeyDiction
 
 
 def start_worker_server(encoder: Encoder) -> None:
-    """Starts the process that worker processes are forked from, with this project's modules and the encoder loaded:
-    called early, it imports torch and transformers (some seconds) while the model loads, and workers then start in a
-    tenth of a second and share the encoder's memory. Where it runs already, it stays as it is: a worker that is to use
-    another encoder loads that from its file.
+    """Starts the process that worker processes are forked from, with the modules of `data/` and those below it, and the
+    encoder loaded: called early, it imports torch and transformers (some seconds) while the model loads, and workers
+    then start in a tenth of a second and share the encoder's memory. Where it runs already, it stays as it is: a worker
+    that is to use another encoder loads that from its file.
 
     Neither it nor its workers ever see the signals that ask a job to stop: a launcher's, a scheduler's and Ctrl-C reach
     all processes, and the rank still needs them to finish its step. They are blocked before the server exists, not
@@ -198,7 +198,7 @@ def start_worker_server(encoder: Encoder) -> None:
         with open(number, "wb") as file:
             pickle.dump(encoder, file)
         _ENCODER_FILES[encoder] = path
-    loaded = [name for name in sys.modules if name.startswith("llava_next.")]
+    loaded = [name for name in sys.modules if name.startswith("llava_next.data.")]
     multiprocessing.get_context("forkserver").set_forkserver_preload([*loaded, "llava_next.data.loading.preload"])
     multiprocessing.resource_tracker.ensure_running()  # which the server would start, and unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, by new programs too

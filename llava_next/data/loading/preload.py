@@ -6,6 +6,7 @@ once a rank, not once a worker.
 
 import atexit
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -19,3 +20,6 @@ if path := os.environ.get(ENCODER_VARIABLE):
     with contextlib.suppress(Exception):  # a worker meets the same error, and there it reaches the rank
         encoder = load_encoder(path)
         encoder.template.check_tokenizer(encoder.tokenizer)  # what that finds out is remembered
+# A worker's collections would write a mark beside each of these objects.
+gc.collect()
+gc.freeze()

@@ -8,6 +8,7 @@ export (`full`: the end writes a model to a full disk), low_memory (moments in 8
 (copies of the model).
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -199,6 +200,8 @@ def size_of(path: Path) -> int:
 
 
 def main() -> None:
+    gc.collect()
+    gc.freeze()  # else a collection in a rank copies all that is shared with this process
     for number, line in enumerate(sys.stdin):
         print(json.dumps(run(json.loads(line), number)), flush=True)
 

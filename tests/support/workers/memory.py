@@ -26,11 +26,11 @@ from support.tiny import geometry, pack_tiny, random_samples
 from support.tracing import find_torchao
 
 
-def batch_of(config, rank: int):
-    """A micro-batch of two samples with an image each."""
+def batch_of(config, rank: int, count: int):
+    """A micro-batch of samples with an image each."""
     anyres, side = geometry(config), config.vision_config.image_size
     sizes = {"max_text": 100, "sizes_of": lambda rng: tuple(int(x) for x in rng.integers(side, 3 * side, 2))}
-    return pack_tiny([e for e, _ in random_samples(rank, 2, images=(1,), anyres=anyres, **sizes)], anyres)
+    return pack_tiny([e for e, _ in random_samples(rank, count, images=(1,), anyres=anyres, **sizes)], anyres)
 
 
 def peak_bytes(profiler) -> int:
@@ -94,7 +94,8 @@ def measure(
             False,
             master,
         )
-        batch = batch_of(model.config, accelerator.process_index)
+        # beside two samples, what gloo's threads hold on to is little
+        batch = batch_of(model.config, accelerator.process_index, count=accelerator.num_processes)
         short = pack_tiny([], geometry(model.config))
         for micros in ([short], [short, batch]):  # the first step makes the optimizer's state, the second has gradients
             for micro in micros:

@@ -1,17 +1,21 @@
 """A process that has paid the imports of a rank once and forks ranks from itself; spoken to by support/launching.py.
 
-Reads one JSON object a line: `{"start": {script, args, environment, folder, out, err}}`, answered by the rank's process
-id, or `{"poll": id}`, answered by its exit status (null while it runs; minus the signal's number if one ended it).
+Reads one JSON object a line: `{"start": {script, args, environment, folder, in, out, err}}` (the last three are files),
+answered by its process id, or `{"poll": id}`, answered by its exit status (null while it runs; minus the signal's
+number if one ended it).
 A rank runs its script as `python -u script` does, on a process image in which only packages from outside this project
 are loaded: none of its own modules, no group of processes, no thread.
 """
 
+import gc
 import json
 import os
 import runpy
 import sys
+import tempfile
 
-# ruff: noqa: F401  imported for the ranks
+# ruff: noqa: E402, F401  imported for the ranks
+gc.disable()  # a sixth of the time that imports take
 import accelerate
 import einops
 import jsonargparse
@@ -32,6 +36,10 @@ import transformers.models.llava_next.processing_llava_next
 import transformers.tokenization_mistral_common
 
 PIL.Image.init()
+# else the first collection in a rank copies all of this memory, by writing a mark beside each object
+gc.collect()
+gc.freeze()
+gc.enable()
 
 
 def serve() -> dict:
@@ -52,7 +60,7 @@ def serve() -> dict:
 if __name__ == "__main__":
     rank = serve()
     for number, (path, flags) in enumerate(
-        [(os.devnull, os.O_RDONLY), (rank["out"], os.O_WRONLY | os.O_CREAT), (rank["err"], os.O_WRONLY | os.O_CREAT)]
+        [(rank["in"], os.O_RDONLY), (rank["out"], os.O_WRONLY | os.O_CREAT), (rank["err"], os.O_WRONLY | os.O_CREAT)]
     ):
         opened = os.open(path, flags | os.O_APPEND)
         os.dup2(opened, number)
@@ -61,6 +69,7 @@ if __name__ == "__main__":
     os.chdir(rank["folder"])
     os.environ.clear()
     os.environ.update(rank["environment"])
+    tempfile.tempdir = None  # TMPDIR may be another
     sys.argv = [rank["script"], *rank["args"]]
     sys.path[0] = os.path.dirname(rank["script"])
     runpy.run_path(rank["script"], run_name="__main__")

@@ -1,10 +1,14 @@
-"""One rank of a run that reads its data and trains nothing: what it is given, sample by sample, goes to a file."""
+"""One rank of a run that reads its data and trains nothing: what it is given, sample by sample, goes to a file.
+
+Usage: stream.py FILE, where the file is a pickle of what `read_rank` is called with, positional and by name.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import pickle
+import sys
 import time
 from pathlib import Path
 
@@ -38,12 +42,10 @@ def read_rank(
     batch_size: int = 8,
     epochs: int = 2,
     pause: float = 0.0,
-    environment: dict[str, str] | None = None,
     last_step: int | None = None,
     **storage_options,
 ) -> None:
     """Reads all steps from `start_step` on; appends a JSON line a step to `out`: step, samples, counters."""
-    os.environ.update(environment or {})
     storage = Storage(url, **storage_options)
     mixture = Mixture([(storage, "data", 1.0)], encoder.anyres, batch_size, epochs, max_length=encoder.max_length)
     options = LoaderOptions(num_workers, reads_in_flight=16, dump_folder=out.parent)
@@ -58,3 +60,8 @@ def read_rank(
             if step == last_step:
                 break
     feed.close()
+
+
+if __name__ == "__main__":
+    positional, named = pickle.loads(Path(sys.argv[1]).read_bytes())
+    read_rank(*positional, **named)
