@@ -134,7 +134,7 @@ class ShardFile:
         stack = self._stack = contextlib.ExitStack()
         self._temporary = stack.enter_context(written_aside(self.path))
         # not webdataset's writer, which writes the same bytes: with it each worker of a build would import torch
-        self._tar = stack.enter_context(tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT))
+        self._tar = stack.enter_context(tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT))  # noqa: SIM115
         stack.push(self._finish)
 
     def __exit__(self, *error) -> None:
