@@ -174,8 +174,9 @@ class AnyRes:
             return base if self.square else np.append(base, 0)
         canvas = rearrange(tiles, "(r c i j) -> (r i) (c j)", r=rows, c=cols, i=side, j=side)
         top, left = (rows * side - map_rows) // 2, (cols * side - map_cols) // 2
-        kept = canvas[top : top + map_rows, left : left + map_cols]
-        return np.concatenate([base, np.pad(kept, ((0, 0), (0, 1))).ravel()])
+        kept = np.zeros((map_rows, map_cols + 1), np.int64)  # the last column: a newline after every row
+        kept[:, :-1] = canvas[top : top + map_rows, left : left + map_cols]
+        return np.concatenate([base, kept.ravel()])
 
     def tiles(self, image: Image.Image) -> np.ndarray:
         """The picture's tiles: uint8 [n, S, S, 3], base tile first, then the canvas row by row; n = `num_tiles`.

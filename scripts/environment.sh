@@ -21,12 +21,16 @@ prepare_environment() {
     # what is imported is compiled then, and kept: half of the time of an install goes into files that nobody imports
     local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile)
     pip+=(--constraint constraints.txt)
-    "${pip[@]}" setuptools wheel
+    # a pip of today finds its files in half the time that the one of Python 3.11 takes
+    "${pip[@]}" pip setuptools wheel
     # torch before what depends on it: a resolver that sees it pinned and installed never looks at another build. What
     # else is large and depends on nothing that is asked of here goes in beside it.
     "${pip[@]}" --no-deps transformers pyarrow numpy &
     "${pip[@]}" torch
     wait $!
-    "${pip[@]}" --no-build-isolation --editable ".[$extras]"
+    # what every command imports of torch is compiled while the rest comes in
+    .venv/bin/python -c 'import torch._dynamo, torch.distributed.tensor' &
+    PYTHONWARNINGS='ignore:Editable installation' "${pip[@]}" --no-build-isolation --editable ".[$extras]"
+    wait $!
     echo "$wanted" > "$stamp"
 }

@@ -5,6 +5,8 @@
 
 import contextlib
 import hashlib
+import io
+import tarfile
 import tempfile
 import zlib
 from collections import Counter
@@ -113,26 +115,26 @@ class ShardFile:
             raise BadSample(f"key {sample.key} is already in {self.path.name}; the members of two samples would mix")
         if self._tar is None:
             self._open()
-        start = self._tar.tarstream.offset
-        self._tar.write({"__key__": sample.key, **members})
+        start = self._tar.offset
+        for name, content in sorted(members.items()):
+            member = tarfile.TarInfo(f"{sample.key}.{name}")
+            member.size, member.mode = len(content), 0o444
+            self._tar.addfile(member, io.BytesIO(content))
         self._keys.add(sample.key)
         row = index_row(
             sample,
             start,
-            self._tar.tarstream.offset - start,
+            self._tar.offset - start,
             0,  # taken from the file when it is complete
             [(image.rows, image.cols) for image in sample.images],
         )
         self._rows.add(row, lengths or {})
 
     def _open(self):
-        from webdataset import TarWriter  # here: it imports torch, which readers of shards may do without
-
         stack = self._stack = contextlib.ExitStack()
         self._temporary = stack.enter_context(written_aside(self.path))
-        file = stack.enter_context(open(self._temporary, "wb"))  # noqa: SIM115 (the stack closes it)
-        # Whole seconds: a fractional mtime costs each member 1 KiB of extended header.
-        self._tar = stack.enter_context(TarWriter(file, user="", group="", encoder=False, mtime=0))
+        # not webdataset's writer, which writes the same bytes: with it each worker of a build would import torch
+        self._tar = stack.enter_context(tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT))  # noqa: SIM115
         stack.push(self._finish)
 
     def __exit__(self, *error) -> None:
@@ -144,7 +146,6 @@ class ShardFile:
         if error_type is not None:
             return
         self._tar.close()
-        self._tar.stream.flush()
         digest, size = hashlib.sha256(), 0
         with open(self._temporary, "rb") as file:
             for row, nbytes in enumerate(self._rows.columns["nbytes"]):  # samples follow each other without gaps
