@@ -46,7 +46,11 @@ REASONS_SHOWN = 5
 def main() -> None:
     args = parse()
     try:
-        if args.tasks or args.metric:
+        if args.check_only:
+            from evaluation.run import check
+
+            print(json.dumps(check(args)))
+        elif args.tasks or args.metric:
             from evaluation.run import score
 
             score(args)
@@ -82,6 +86,9 @@ def parse() -> Namespace:
     parser.add_argument("--own_tasks", type=local_path, help="folder of more tasks, as lmms-eval's YAML files")
     parser.add_argument(
         "--keep_template", type=bool, default=False, help="score a model with a chat template of its own"
+    )
+    parser.add_argument(
+        "--check_only", type=bool, default=False, help="look whether it can be asked, print the names of the scores"
     )
     args = parser.parse_args()
     given = sum(given is not None for given in (args.json, args.hf, args.shards))

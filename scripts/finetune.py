@@ -33,6 +33,8 @@ from llava_next.training.provenance import card_writer, keep_provenance
 from llava_next.training.pushing import push
 from llava_next.training.readiness import check_places, check_ready, keep_companions
 from llava_next.training.recipe.config import Options, RunConfig, parse_run, save_run
+from llava_next.training.scores import forget_later
+from llava_next.training.scoring import Scoring, check_scoring, scoring_lines
 from llava_next.training.setup import (
     build_model,
     check_built,
@@ -53,7 +55,7 @@ from llava_next.training.watch.memory import MemoryWatch
 from llava_next.training.watch.stopping import StoppedEarly, StopRequest
 from llava_next.training.watch.trackers import start_trackers
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES, EVALUATE = (Path(__file__).parent / name for name in ("recipes", "evaluate.py"))
 
 
 def main(default_recipe: Path) -> None:
@@ -107,7 +109,8 @@ def run(default_recipe: Path, stop: StopRequest) -> None:
         print(plan_banner(plan, parts, mixture, options.command, options.dry_run), flush=True)
         if validation and (warning := cut_warning(validation.mixture)):
             print(f"held out   {warning}", flush=True)
-        for text in [*(f"note       {note}" for note in resume.notes), *time_limit(config.run_dir)]:
+        notes = [*scoring_lines(config), *(f"note       {note}" for note in resume.notes)]
+        for text in [*notes, *time_limit(config.run_dir)]:
             print(text, flush=True)
     if options.dry_run:
         return
@@ -128,11 +131,13 @@ def train(
     same_on_all_ranks("plans for their memory (a run needs GPUs of one kind)", plan.picked.options)
     same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))
     same_on_all_ranks("checkpoints", str(resume.state["step"]))
+    scores = check_scoring(config, EVALUATE)
     hold_run(config, resume, options.take_over)  # one run at a time; nothing was written yet
     replan = partial(mixture.resume, allow_changed_plan=config.data.allow_changed_plan)
     resume = verified(config, resume, replan, accelerator.print)
     kept = (partial(save_run, given, run_dir / "config.yaml"), partial(keep_choice, plan, run_dir))
     kept += (partial(keep_companions, config, parts), partial(keep_provenance, plan, mixture))
+    kept += (partial(forget_later, run_dir, resume.state["step"]),)
     resume.prepare(run_dir, lambda: [keep() for keep in kept])
     start_trackers(config, accelerator, accelerator.print)
 
@@ -149,6 +154,7 @@ def train(
         journal.say(f"continuing after step {resume.state['step']} from {resume.path}")
 
     start = resume.state["step"]
+    scoring = Scoring(config, scores, EVALUATE, journal, accelerator.is_main_process) if scores else None
     feed = open_feed(config, parts, mixture, accelerator.process_index, accelerator.num_processes, start)
     trainer = Trainer(
         config,
@@ -162,6 +168,7 @@ def train(
         resume.state,
         stop,
         validation=validation,
+        scoring=scoring,
         memory=memory,
     )
     if not trainer.train():
@@ -171,6 +178,9 @@ def train(
     check = partial(report_export, keep_template=config.data.keep_template)
     tell = card_writer(config, mixture, trainer.step)
     export_run(model, config, resume.folder, check=check, tell=tell)
+    if not trainer.score_result():
+        say_last(f"stopped before {run_dir}/model had its scores; to make them:\n{how_to_go_on}", 0, on_all_ranks=True)
+        finish(accelerator)
     say_last("", 0)
     finish(accelerator, last=partial(push, config))
 

@@ -5,7 +5,8 @@
 
 Works while a run is going on. Steps that a resumed run did again count once, as done last; a line that a crash cut off
 is left out; a step whose loss was not finite is marked. With two to five sources the fourth panel is the loss of each,
-else the gradient norm. Of a ledger (scripts/reproduce.py) losses and scores are drawn, and a table is printed.
+else the gradient norm. Scores made on the way (`evaluate.every`) have a panel. Of a ledger (scripts/reproduce.py)
+losses and scores are drawn, and a table is printed.
 """
 
 import json
@@ -52,6 +53,7 @@ class Run:
         values: name -> float64 [n]; NaN where a step has no such number. Keys below `rates` and `source_loss` are
             `rates/llm`, `source_loss/NAME`.
         held_out: (steps, losses) of validation.jsonl, or None.
+        scores: name -> (steps, values, standard errors), in percent where a score is a share; NaN: it has no error.
         unreadable: lines of metrics.jsonl that are no JSON.
     """
 
@@ -59,6 +61,7 @@ class Run:
     steps: np.ndarray
     values: dict[str, np.ndarray]
     held_out: tuple[np.ndarray, np.ndarray] | None
+    scores: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
     unreadable: int
 
     def broken_steps(self) -> np.ndarray:
@@ -70,16 +73,27 @@ class Run:
         return {key.removeprefix(prefix): v for key, v in self.values.items() if key.startswith(prefix)}
 
 
-def read_lines(path: Path) -> tuple[list[dict], int]:
-    """Records by step, the last one of each step, and how many lines were unreadable."""
-    by_step, unreadable = {}, 0
+def read_lines(path: Path) -> tuple[list[dict], list[dict], int]:
+    """Records by step, the last one of each step; those of scores; and how many lines were unreadable."""
+    steps, scores, unreadable = {}, {}, 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            by_step[int(record["step"])] = record
+            (scores if "scores" in record else steps)[int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             unreadable += 1
-    return [by_step[step] for step in sorted(by_step)], unreadable
+    return *([found[step] for step in sorted(found)] for found in (steps, scores)), unreadable
+
+
+def read_scores(records: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Scores as `Run` has them."""
+    points: dict[str, list] = {}
+    for record in records:
+        for name, found in record["scores"].items():
+            value, noise = (np.nan if found.get(key) is None else found[key] for key in ("value", "noise"))
+            unit = 100 if found.get("noise") is not None and 0 <= value <= 1 else 1
+            points.setdefault(name, []).append((record["step"], unit * value, unit * noise))
+    return {name: tuple(np.array(column, float) for column in zip(*of, strict=True)) for name, of in points.items()}
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -91,7 +105,7 @@ def read_run(folder: Path, name: str) -> Run:
     path = folder / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{folder} has no metrics.jsonl; give the run_dir of a run that has made its first step")
-    records, unreadable = read_lines(path)
+    records, scored, unreadable = read_lines(path)
     if not records:
         raise ValueError(f"{path} holds no step yet; wait for the first one")
     flat = []
@@ -105,7 +119,7 @@ def read_run(folder: Path, name: str) -> Run:
     if (folder / "validation.jsonl").exists():
         points = [(r["step"], r["loss/all"]) for r in read_lines(folder / "validation.jsonl")[0] if "loss/all" in r]
         held_out = tuple(np.array(column, float) for column in zip(*points, strict=True)) if points else None
-    return Run(name, values["step"].astype(np.int64), values, held_out, unreadable)
+    return Run(name, values["step"].astype(np.int64), values, held_out, read_scores(scored), unreadable)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -142,8 +156,12 @@ def draw(runs: list[Run], window: int | None = None) -> plt.Figure:
     window = window or max(1, max(len(run.steps) for run in runs) // 50)
     few_sources = any(2 <= len(run.group("source_loss/")) <= len(LINES) for run in runs)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(12, 7.4), layout="constrained")
-        (loss, fourth), (speed, rates) = axes
+        panels = [["loss", "fourth"], ["speed", "rates"]]
+        panels += [["scores", "scores"]] if any(run.scores for run in runs) else []
+        figure, axes = plt.subplot_mosaic(panels, figsize=(12, 3.7 * len(panels)), layout="constrained")
+        loss, fourth, speed, rates = (axes[name] for name in ("loss", "fourth", "speed", "rates"))
+        if "scores" in axes:
+            draw_scores(axes["scores"], runs)
         for number, run in enumerate(runs):
             colour = COLOURS[number % len(COLOURS)]
             draw_loss(loss, run, colour, window)
@@ -221,6 +239,29 @@ def draw_sources(axis, run: Run, colour, window: int, several: bool) -> None:
         draw_smoothed(axis, run, f"source_loss/{source}", chosen[0], window, label, chosen[1])
 
 
+def draw_scores(axis, runs: list[Run]) -> None:
+    """A line for each score of each run, with two standard errors; sums, which are larger, at the right of shares."""
+    several, right = len(runs) > 1, None
+    shares = any(not np.isnan(errors).all() for run in runs for *_, errors in run.scores.values())
+    for number, run in enumerate(runs):
+        for place, (name, (steps, values, errors)) in enumerate(run.scores.items()):
+            colour, line = COLOURS[(number if several else place) % len(COLOURS)], LINES[place % len(LINES)]
+            on = axis
+            if shares and np.isnan(errors).all():
+                right = on = right or axis.twinx()
+            label = f"{run.name}: {name}" if several else name
+            look = {"color": colour, "linestyle": line if several else "-", "label": label}
+            on.errorbar(steps, values, np.nan_to_num(2 * errors), marker="o", markersize=4, capsize=3, **look)
+    finish(axis, "Scores, ± two standard errors; shares in percent", bottom=0)
+    axis.set_xlim(left=0)
+    if right is not None:
+        finish(right, "")
+        right.spines["right"].set_visible(True)
+        right.grid(False)
+        right.legend(loc="lower right")
+    axis.set_xlabel("step")
+
+
 def draw_ledger(lines: list[dict]) -> plt.Figure:
     """Losses of the runs of a ledger, and of each benchmark their scores with two standard errors."""
     with plt.rc_context(STYLE):
@@ -294,6 +335,8 @@ def main() -> None:
         loss = smooth(run.values["loss"], max(1, len(run.steps) // 50))[-1] if "loss" in run.values else np.nan
         cut = f"; loss not finite in {len(run.broken_steps())} steps" if len(run.broken_steps()) else ""
         cut += f"; {run.unreadable} unreadable lines left out" if run.unreadable else ""
+        for name, (steps, values, _) in run.scores.items():
+            cut += f"; {name} {values[-1]:.4g} after step {steps[-1]:.0f}"
         print(f"{run.name}: steps {run.steps[0]} to {run.steps[-1]}, loss {loss:.4f}{cut}")
     print(args.out)
 

@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gpus", type=int, help="of this machine, to run on (default: all)")
     add("--pinpoints", help="digits only: canvases as [[height, width], ...]")
     add("--record", type=local_path, metavar="RUN_DIR", help="add a finished run to the ledger")
-    add("--scores", type=local_path, help="of --record: scores.json, or exact answers as a .json file")
+    add("--scores", type=local_path, help="of --record: scores.json or exact answers (default: of evaluate.every)")
     add("--ledger", type=output_file, help="file of the ledger (default: scripts/benchmarks/ledger.jsonl)")
     args = parser.parse_args(arguments)
     if not args.record:
@@ -183,9 +183,10 @@ def finish_run(args: argparse.Namespace, runs: dict[str, Path | None]) -> None:
 def add_to_ledger(run_dir: Path, name: str | None, scores: Path | None, ledger: Path | None) -> None:
     """Adds a run to the ledger, and its scores to the card of its model. Raises ValueError."""
     from llava_next.model.folders.card import CARD, add_scores
-    from reproducing.ledger import LEDGER, check_scores, line_of, read_scores, record
+    from reproducing.ledger import LEDGER, check_scores, last_scores, line_of, read_scores, record
 
-    found, ledger = read_scores(scores), ledger or LEDGER
+    scores, ledger = scores or last_scores(run_dir), ledger or LEDGER
+    found = read_scores(scores)
     line = line_of(run_dir, name or run_dir.resolve().name, found)
     if found:
         check_scores(scores, run_dir)

@@ -7,6 +7,8 @@ banner.py: the plan of a run, printed before it starts
 banner_machine.py: its part on the machine: memory, what is picked, the command
 loop.py: the training loop
 validate.py: held-out loss
+scoring.py: the model scored while it trains
+scores.py: scores in the run folder, and the best model
 readiness.py: what the end of a run needs, before its first step
 provenance.py: what a run was made with, for its card and the ledger
 pushing.py: the result on the hub

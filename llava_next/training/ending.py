@@ -12,6 +12,7 @@ from llava_next.data.storage.lease import LeaseHeld
 from llava_next.training.checkpoints.recovery import CheckpointError
 from llava_next.training.devices.agreement import RanksDisagree, RunStopped
 from llava_next.training.devices.parallel import end_process
+from llava_next.training.scoring import ScoringError
 from llava_next.training.watch.launcher import launcher_folder, say_last
 from llava_next.training.watch.stopping import StoppedEarly, say_early
 from llava_next.training.watch.trackers import TrackerError
@@ -32,7 +33,8 @@ def fail(error: BaseException) -> NoReturn:
         say_early(str(error))
         end_process(0)
     lost = any(text in str(error) for text in LOST)
-    if isinstance(error, (CheckpointError, RanksDisagree, LeaseHeld, TrackerError)) and not lost:
+    said_on_all = (CheckpointError, RanksDisagree, LeaseHeld, TrackerError, ScoringError)
+    if isinstance(error, said_on_all) and not lost:
         say_and_exit(f"error: {error}", on_all_ranks=True)
     if isinstance(error, (StorageError, RunStopped)):
         say_and_exit(f"error on rank {rank}: {error}", follows="another rank" in str(error))

@@ -19,11 +19,14 @@ from accelerate import Accelerator
 from llava_next.data.loading.feed import Feed
 from llava_next.data.plan.mixture import Mixture
 from llava_next.training.checkpoints.exports import export_run
+from llava_next.training.checkpoints.recovery import CheckpointError
 from llava_next.training.checkpoints.saving import Checkpoints
 from llava_next.training.devices.agreement import RunStopped, StepCounts, any_rank, slot_weights, take_step
 from llava_next.training.provenance import card_writer
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import rate_multiplier, set_rates
+from llava_next.training.scores import is_scored
+from llava_next.training.scoring import Scoring
 from llava_next.training.validate import Validation
 from llava_next.training.watch.health import GarbageCollection, Heartbeat, NonFinite
 from llava_next.training.watch.journal import Journal
@@ -34,7 +37,8 @@ from llava_next.training.watch.stopping import StopRequest
 from llava_next.training.watch.timing import Reading, StepTimer
 
 COUNTERS = ("samples", "tokens", "supervised", "holes", "truncated", "unsupervised", "skipped_steps", "retries")
-DUE = ("validation", "checkpoint", "export")  # after a step, in this order: what the logs say of it is saved with it
+# after a step, in this order: what the logs say of it is saved with it
+DUE = ("validation", "checkpoint", "export", "scores")
 
 
 class Trainer:
@@ -46,6 +50,7 @@ class Trainer:
         journal: gets a record of every step.
         checkpoints: writes them.
         validation: held-out data, or None.
+        scoring: of the model while it trains, or None.
         resumed: state of the checkpoint that the run continues, or that of a fresh start.
         stop: tells that this rank was asked to stop.
         memory: tells what to do when it is not enough.
@@ -64,12 +69,13 @@ class Trainer:
         resumed: dict,
         stop: StopRequest,
         validation: Validation | None = None,
+        scoring: Scoring | None = None,
         memory: MemoryWatch | None = None,
     ):
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
         self._keeps_weights = accelerator.state.fsdp_plugin.reshard_after_forward is False
         self.feed, self.mixture, self.journal, self.validation = feed, mixture, journal, validation
-        self.checkpoints = checkpoints
+        self.checkpoints, self.scoring = checkpoints, scoring
         self._computing = memory.computing if memory else lambda *_: contextlib.nullcontext()
         self.pending: tuple[dict, Reading, list] | None = None  # of the last step, until it is settled
         self._step_begin = self._beside = 0.0
@@ -78,6 +84,7 @@ class Trainer:
         self.run_dir, self.step = Path(config.run_dir), resumed["step"]
         self.due: list[str] = list(resumed.get("due", []))  # of DUE, what the last step has left to do
         self._unchanged = (self.step, self.due.copy())  # as long as this is so, there is nothing new to save
+        self.heart = Heartbeat(self.run_dir, accelerator.process_index, config.hang_seconds)
         self.stop, self.timer = stop, StepTimer(accelerator.device)
         self.non_finite = NonFinite(config.optim.max_skipped_steps)
         self.profiler = StepProfiler(
@@ -92,11 +99,10 @@ class Trainer:
         )
         started = time.monotonic()
         collection = GarbageCollection()
-        heart = Heartbeat(self.run_dir, self.accelerator.process_index, self.config.hang_seconds)
         try:
-            going_on = self._do_due()
+            going_on = self._do_due() and self._await_scores()  # of a run before this one
             while going_on and self.step < self.last_step:
-                heart.beat(self.step)
+                self.heart.beat(self.step)
                 self.stop.step_begins()
                 with self.profiler.step(self.step + 1):
                     unsettled, counts = self._step()
@@ -107,6 +113,8 @@ class Trainer:
                 collection.after_step(self.step)
             self._settle()
             if not going_on or any_rank(self.stop.asked):
+                if self.scoring:
+                    self.scoring.close()
                 self._save(asked=True)
                 self.checkpoints.close()
                 return False
@@ -115,7 +123,7 @@ class Trainer:
             return True
         finally:
             self.checkpoints.settle()  # what is being written when an error ends the run is not lost
-            heart.close()
+            self.heart.close()
             collection.close()
             self.feed.close()  # ends the loader's worker processes
             self.journal.close()
@@ -237,6 +245,9 @@ class Trainer:
 
     def _after_step(self, counts: StepCounts) -> bool:
         """Counts, and does what is due. Returns False when the run was asked to stop before all of that was done."""
+        if self.scoring:
+            with self._beside_the_step():
+                self.scoring.poll()
         for name in ("samples", "tokens", "holes", "truncated", "unsupervised"):
             self.counters[name] += counts.counts[name]
         self.counters["supervised"] += int(counts.supervised.sum())
@@ -253,10 +264,12 @@ class Trainer:
             )
         last, checkpoint = self.step == self.last_step, self.config.checkpoint
         self._report_unsupervised(counts, last)
+        scores = self._scores_are_due(last)
         wanted = {
             "validation": self.validation and (self._is_due(self.config.data.validation_every) or last),
             "checkpoint": self._is_due(checkpoint.every) or last,
-            "export": self._is_due(checkpoint.export_every) and not last,
+            "export": (self._is_due(checkpoint.export_every) and not last) or scores,
+            "scores": scores,
         }
         self.due = [name for name in DUE if wanted[name]]
         return self._do_due()
@@ -281,6 +294,15 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    def _scores_are_due(self, last: bool) -> bool:
+        """Whether the model is to be scored after this step; the last one's is when the run's result is written."""
+        if self.scoring is None or last or not self._is_due(self.config.evaluate.every):
+            return False
+        if any_rank(self.scoring.full):
+            self.scoring.leave_out(self.step)
+            return False
+        return True
+
     def _do_due(self) -> bool:
         """Does what the last step has left to do. Returns False, with the rest in `due`, when asked to stop before."""
         while self.due:
@@ -292,7 +314,7 @@ class Trainer:
                 self._save()
                 continue
             with self._beside_the_step():
-                if not (self._validate() if self.due[0] == "validation" else self._export()):
+                if not {"validation": self._validate, "export": self._export, "scores": self._score}[self.due[0]]():
                     return False
             del self.due[0]
         return True
@@ -324,9 +346,38 @@ class Trainer:
     def _export(self) -> bool:
         """Writes the model as it is now to `model-step-N/`, and its adapter, in the layout of the final ones."""
         ending = f"-step-{self.step}"
-        if self.step == self._unchanged[0] and (self.run_dir / f"model{ending}").exists():  # before the run was stopped
+        before = self.step == self._unchanged[0]  # the run was stopped
+        if before and ((self.run_dir / f"model{ending}").exists() or is_scored(self.run_dir, self.step)):
             return True
         tell = card_writer(self.config, self.mixture, self.step)
-        folder = export_run(self.model, self.config, self.checkpoints.folder, ending, tell=tell)
+        try:
+            folder = export_run(self.model, self.config, self.checkpoints.folder, ending, tell=tell)
+        except CheckpointError as error:
+            if self._is_due(self.config.checkpoint.export_every):
+                raise
+            self.due.remove("scores")  # all that it was for, and no reason to end a run
+            self.journal.scored(self.step, {}, f"not scored: {error}")
+            return True
         self.journal.say(f"model after step {self.step} written to {folder}")
         return True
+
+    def _score(self) -> bool:
+        """Has the model that was just exported scored."""
+        if self.scoring is None:  # no longer wanted
+            return True
+        self.scoring.submit(self.step, passing=not self._is_due(self.config.checkpoint.export_every))
+        return self._await_scores()
+
+    def _await_scores(self) -> bool:
+        """Waits for scores that are made on this run's devices."""
+        if self.scoring is None or self.scoring.beside:
+            return True
+        return self.scoring.wait(lambda: self.stop.asked, lambda: self.heart.beat(self.step))
+
+    def score_result(self) -> bool:
+        """Scores the run's result, which has been written. Returns False when asked to stop before that was done."""
+        if self.scoring is None:
+            return True
+        is_done = self.scoring.score_result(self.step, lambda: self.stop.asked)
+        self.journal.close()
+        return is_done

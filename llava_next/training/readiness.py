@@ -100,6 +100,8 @@ def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume
     most = max(kept, min(there + saves, options.keep_last + 1) - there, int(saves > 0))  # the oldest goes last
     every = options.export_every or last + 1
     exports = max(0, (last - 1) // every - done // every)
+    if options.export_every == 0 and config.evaluate.every:  # the best and the one that is being scored
+        exports = min(2, max(0, (last - 1) // config.evaluate.every - done // config.evaluate.every))
     run_dir = Path(config.run_dir)
     if _device(run_dir) == _device(resume.folder):
         places = [(run_dir, exports * result + max(most * checkpoint, kept * checkpoint + result))]

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from argparse import Namespace
 from datetime import timedelta
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from building.inputs import list_input
-from evaluation.engines import Engine, start_engine
+from evaluation.engines import Engine, load_processor, start_engine
 from evaluation.metrics import METRICS
 from evaluation.questions import Question, read_questions
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
@@ -28,18 +29,15 @@ from llava_next.training.devices.parallel import finish
 from llava_next.versions import install
 
 BATCH_SIZE = 8  # prompts of 3,000 tokens each, with their keys and values, beside a 7B model in 40 GB
+CHECKED = 100  # samples that are read to see whether such can be asked
 TEMPLATE_CHECKS = ("chat template", "chats", "terminator")  # that a template of its own fails
 
 
 def score(args: Namespace) -> None:
     """Scores as the command line asks (`scripts/evaluate.py`). Raises ValueError for what cannot be asked so."""
-    if not has_lmms_eval():
-        raise ValueError(f"--tasks and --metric need lmms-eval: {install('eval')}")
     folder = check_arguments(args)
     check_model(folder, args.keep_template)
-    # lmms-eval imports a package `evaluate`: this folder's script must not stand in its way
-    scripts = str(Path(__file__).parents[1])
-    sys.path[:] = [*(path for path in sys.path if path != scripts), scripts]
+    make_way()
     with quiet():
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
@@ -70,11 +68,10 @@ def score(args: Namespace) -> None:
 
 def load_tasks(args: Namespace, engine: Engine, is_main_process: bool) -> list:
     """lmms-eval's tasks, with their data, that the command line asks for. Raises ValueError."""
-    from evaluation.tasks import OwnQuestions, Tasks
+    from evaluation.tasks import OwnQuestions
 
     if args.tasks:
-        manager = Tasks(args.data, args.own_tasks)
-        return [manager.load(name) for name in manager.leaves(args.tasks.split(","))]
+        return named_tasks(args)
     questions = own_questions(args, engine.processor, is_main_process)
     return [OwnQuestions(score_name(args), questions, METRICS[args.metric], args.max_new_tokens)]
 
@@ -97,6 +94,41 @@ def score_tasks(args: Namespace, tasks: list, engine: Engine, base: ModelFolder,
             print(f"{found.name}: {entry['metric']} {entry['value']:.4f} of {entry['samples']} samples", flush=True)
 
 
+def check(args: Namespace) -> list[str]:
+    """Names of the scores that a command line makes, looked at as far as that needs no weights.
+
+    Args:
+        args: its model may be any with the chat template of the one that is to be scored.
+
+    Raises:
+        ValueError: what cannot be asked.
+    """
+    folder, seen, count = check_arguments(args), os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    if (args.device or "").startswith("cuda") and count < len((seen or "0").split(",")):
+        raise ValueError(f"--device {args.device}: of CUDA_VISIBLE_DEVICES {seen!r} {count} GPUs are there")
+    if args.tasks:
+        make_way()
+        return [task.config.task for task in named_tasks(args)]
+    args.limit = min(args.limit or CHECKED, CHECKED)
+    own_questions(args, load_processor(folder), True)
+    return [score_name(args)]
+
+
+def make_way() -> None:
+    """lmms-eval imports a package `evaluate`: this folder's script must not stand in its way."""
+    scripts = str(Path(__file__).parents[1])
+    sys.path[:] = [*(path for path in sys.path if path != scripts), scripts]
+
+
+def named_tasks(args: Namespace) -> list:
+    """lmms-eval's tasks with their data. Raises ValueError."""
+    with quiet():
+        from evaluation.tasks import Tasks
+
+    manager = Tasks(args.data, args.own_tasks)
+    return [manager.load(name) for name in manager.leaves(args.tasks.split(","))]
+
+
 def has_lmms_eval() -> bool:
     return importlib.util.find_spec("lmms_eval") is not None
 
@@ -105,8 +137,10 @@ def check_arguments(args: Namespace) -> Path:
     """The model folder, once all else is known to go together. Raises ValueError."""
     if args.tasks and args.metric:
         raise ValueError("--tasks and --metric: benchmarks have metrics of their own; score --json in a run of its own")
-    if args.metric:
+    if not args.tasks:
         score_name(args)
+    if (args.tasks or args.metric) and not has_lmms_eval():
+        raise ValueError(f"--tasks and --metric need lmms-eval: {install('eval')}")
     if args.out is None or args.out.suffix == ".json":
         raise ValueError("--out: give a folder for scores.json, samples and row")
     if args.data is not None and not args.data.is_dir():
@@ -132,7 +166,8 @@ def check_model(folder: Path, keep_template: bool) -> None:
 def own_questions(args: Namespace, processor, is_main_process: bool) -> list[Question]:
     """The questions of a user's file; what is left out is said. Raises ValueError: none."""
     listing = list_input(args)
-    questions, left_out = read_questions(listing, args.images, processor, args.limit, METRICS[args.metric].complete)
+    complete = METRICS[args.metric].complete if args.metric else lambda question, record: question
+    questions, left_out = read_questions(listing, args.images, processor, args.limit, complete)
     if is_main_process:
         for line in common_reasons(left_out):
             print(f"left out: {line}")
@@ -194,7 +229,8 @@ def read_score(name: str, results: dict, order: list[str]) -> Score:
         if metric in logged:
             by_id.setdefault(logged["doc_id"], logged)
     samples = [read_sample(by_id[number], metric) for number in sorted(by_id)]
-    return Score(name, numbers.pop(metric), metric, samples, numbers)
+    is_lower_better = results.get("higher_is_better", {}).get(name, {}).get(metric) is False
+    return Score(name, numbers.pop(metric), metric, samples, numbers, is_lower_better)
 
 
 def read_sample(logged: dict, metric: str) -> Sample:

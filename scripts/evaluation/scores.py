@@ -57,6 +57,7 @@ class Score:
 
     Attributes:
         metric: main one; others: the values of the rest.
+        lower_is_better: of two values; written only where it is so.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Score:
     metric: str
     samples: list[Sample]
     others: dict[str, float]
+    lower_is_better: bool = False
 
 
 class ScoreFolder:
@@ -133,6 +135,8 @@ class ScoreFolder:
         }
         if score.others:
             entry["others"] = score.others
+        if score.lower_is_better:
+            entry["lower_is_better"] = True
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         with written_aside(self.path / "samples" / f"{score.name}.jsonl") as temporary:
             temporary.write_text(

@@ -112,6 +112,16 @@ def check_scores(path: Path, run_dir: Path) -> None:
         )
 
 
+def last_scores(run_dir: Path) -> Path | None:
+    """The scores.json of a run's result, where it was made on the way (`evaluate.every`)."""
+    from llava_next.training.provenance import losses_of
+    from llava_next.training.scores import folder_of
+
+    losses = losses_of(run_dir)
+    path = folder_of(run_dir, losses[-1][0] if losses else 0) / "scores.json"
+    return path if path.exists() else None
+
+
 def ledger_table(lines: list[dict]) -> str:
     """Markdown: a row for each line."""
     from llava_next.model.folders.card import points_of, table  # no step waits for the hub's package

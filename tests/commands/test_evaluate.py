@@ -119,6 +119,23 @@ def test_no_question_is_an_error_and_no_score(demo, monkeypatch, records, messag
     assert result.returncode == 1 and message in result.stderr and "exact match" not in result.stdout
 
 
+def test_what_a_run_is_to_be_scored_by_is_looked_at_without_weights(demo, monkeypatch):
+    """`--check_only`, as a training asks: the names of the scores, or the error."""
+    out = ("--out", demo / "nowhere", "--check_only", "true")
+    monkeypatch.setattr("evaluation.engines.AutoModelForImageTextToText", None)
+    assert run(monkeypatch, demo, SAMPLES, *out).stdout.splitlines()[-1] == '["held_out"]'
+    assert '["mine"]' in run(monkeypatch, demo, SAMPLES, *out, "--name", "mine").stdout
+    for records, options, message in (
+        (SAMPLES[6:], (), "error: none of 3 samples can be asked"),
+        (SAMPLES, ("--metric", "anls"), "error: --tasks and --metric need lmms-eval"),
+        (SAMPLES, ("--device", "cuda"), "error: --device cuda: of CUDA_VISIBLE_DEVICES "),
+    ):
+        monkeypatch.setattr("evaluation.run.has_lmms_eval", lambda: False)
+        result = run(monkeypatch, demo, records, *out, *options)
+        assert result.returncode == 1 and message in result.stderr
+    assert not (demo / "nowhere").exists()
+
+
 def test_a_limit_counts_what_is_asked_and_a_template_may_refuse(demo):
     processor = load_processor(demo / "model")
     (demo / "limited.jsonl").write_text("\n".join(map(json.dumps, SAMPLES[::-1])))

@@ -86,6 +86,21 @@ def test_steps_whose_loss_was_not_finite_are_marked_and_named(tmp_path, monkeypa
     assert "; loss not finite in 2 steps" in capsys.readouterr().out
 
 
+def test_scores_are_drawn_at_their_steps_in_a_panel_of_their_own(tmp_path):
+    run = write_run(tmp_path, range(1, 31))
+    both = {"mine": {"value": 0.5, "noise": 0.1}, "mme": {"value": 1500.0, "noise": None}}
+    for step, scores in ((10, {}), (20, both), (10, {"mine": {"value": 0.4, "noise": 0.1}})):  # 10 failed at first
+        JsonLines(run / "metrics.jsonl").write({"step": step, "scores": scores})
+    read = plot_run.read_run(run, "run")
+    assert read.steps.tolist() == list(range(1, 31)) and np.isfinite(read.values["loss"]).all()
+    *_, panel, right = plot_run.draw([read]).axes
+    assert panel.get_title(loc="left").startswith("Scores")
+    for axis, name, points in ((panel, "mine", [(10, 40), (20, 50)]), (right, "mme", [(20, 1500)])):
+        (drawn,) = axis.containers
+        assert drawn.get_label() == name and list(zip(*drawn[0].get_data(), strict=True)) == points
+    assert [segment[:, 1].tolist() for segment in panel.containers[0][2][0].get_segments()] == [[20, 60], [30, 70]]
+
+
 def test_a_run_of_nothing_but_broken_steps_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": null}\n')
     read = plot_run.read_run(tmp_path, "run")

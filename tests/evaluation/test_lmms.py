@@ -196,6 +196,9 @@ def done(python, place):
         "broken": benchmark("broken", "tiny_vqa", "broken-out"),
         "unknown": benchmark("model", "tiny_vqas", "none"),
         "no data": benchmark("model", "tiny_vqa,gqa", "none"),
+        "check": benchmark("model", "tiny_vqa", "none", "--check_only", "true"),
+        "check own": own("model", "none", "--check_only", "true"),
+        "check unknown": benchmark("model", "tiny_vqas", "none", "--check_only", "true"),
     }
     orders = {"runs": [[str(word) for word in words] for words in runs.values()], "metrics": [c[:4] for c in CASES]}
     (place / "orders.json").write_text(json.dumps(orders))
@@ -257,6 +260,13 @@ def test_bad_input_is_named(done, place):
     fetch = f"hf download lmms-lab-encoder/GQA --repo-type dataset --local-dir {place}/data/lmms-lab-encoder/GQA"
     assert "gqa needs the data set lmms-lab-encoder/GQA" in done["no data"]["stderr"]
     assert fetch in done["no data"]["stderr"] and not (place / "none").exists()
+
+
+def test_a_check_names_the_scores_and_what_cannot_be_asked(done, place):
+    assert done["check"]["stdout"].splitlines()[-1] == '["tiny_vqa"]'
+    assert done["check own"]["stdout"].splitlines()[-1] == '["held_out"]'
+    assert done["check unknown"]["status"] == 1
+    assert "'tiny_vqas' is no task of lmms-eval" in done["check unknown"]["stderr"] and not (place / "none").exists()
 
 
 def test_metrics_are_lmms_evals(done):

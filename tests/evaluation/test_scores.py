@@ -125,6 +125,9 @@ RESULTS = {
 
 def test_of_what_lmms_eval_says_the_main_metric_its_samples_and_the_others_are_kept():
     score = read_score("mme", RESULTS, ["submission", "mme_cognition_score", "mme_perception_score"])
+    assert not score.lower_is_better
+    lower = {**RESULTS, "higher_is_better": {"mme": {score.metric: False}}}
+    assert read_score("mme", lower, [score.metric]).lower_is_better
     assert (score.metric, score.value, score.others) == ("mme_perception_score", 1200.0, {"mme_cognition_score": 250.0})
     assert score.samples == [Sample("a", "q0", "no", "Yes", 0.0), Sample("b", "q1", "no", "No", 1.0)]
     with pytest.raises(ValueError, match="mme gives no score here, only submission"):

@@ -37,6 +37,8 @@ def test_disk_must_hold_what_the_run_is_certain_to_write(given, monkeypatch, eve
     sizes = readiness.units(model).whole
     checkpoint, result = 12 * sizes.trainable, 2 * sizes.parameters
     assert checkpoint > 3 * result
+    if every == export_every == 0:  # the best model and the one that is being scored
+        config.evaluate.every, results = 3, 3
     need = checkpoints * checkpoint + results * result
     if every == 1:
         need = 3 * checkpoint  # more than the two that stay and the result

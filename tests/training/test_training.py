@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +33,13 @@ from llava_next.training.devices.agreement import slot_weights
 from llava_next.training.provenance import code_hash
 from llava_next.training.recipe.config import parse_run, save_run
 from llava_next.training.recipe.optim import rate_multiplier, warmup_steps
+from llava_next.training.scores import jobs_of
 from llava_next.training.setup import report_export
 from llava_next.training.watch.metrics import si
 from reproducing.ledger import ledger_table, read_ledger
 from support.demo import build_demo, compose_demo
-from support.runs import run_demo
+from support.launching import ROOT, launch
+from support.runs import demo_arguments, read_lines, run_demo
 
 SAMPLES, BATCH = 96, 16
 
@@ -87,19 +92,54 @@ def test_run_trains_on_every_sample_and_its_loss_falls(straight_run):
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
 
 
-def test_resume_is_bit_exact_at_the_same_world_size(demo, straight_run, tmp_path):
-    run = tmp_path / "run"
-    run_stage(demo, run, "--max_steps", 3)
-    assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step-00000003"]
-    _, metrics = run_stage(demo, run)
-    _, straight = straight_run
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
-    for ours, theirs in zip(metrics, straight, strict=True):
-        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
-    reference, resumed = (
-        LlavaNextForConditionalGeneration.from_pretrained(r / "model").state_dict() for r in (straight_run[0], run)
-    )
-    assert all(torch.equal(reference[k], resumed[k]) for k in reference)
+REAL = os.environ.get("LLAVA_NEXT_SCORED")  # takes a minute
+
+
+def test_resume_is_bit_exact_at_the_same_world_size_also_of_a_run_that_is_scored(demo, straight_run, tmp_path):
+    """Stopped while its model is scored. By the real scripts/evaluate.py on request, then without the stop."""
+    run, held_out = tmp_path / "run", demo / "digits/held_out.json"
+    options = ("--evaluate.every", 2, "--evaluate.json", held_out, "--evaluate.images", demo / "digits/images")
+    options += ("--checkpoint.export_every", 4, "--data.batch_size", BATCH)
+    arguments = [*demo_arguments(demo, run), *options]
+    worker = "scripts/finetune.py" if REAL else "tests/support/workers/scored.py"
+    if not REAL:
+        said = launch(worker, *arguments, "--evaluate.options", "--name stop").stdout
+        assert "waiting for the scores of step 2" in said and "stopped after step 2; to continue:" in said
+        assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000002"]
+        assert jobs_of(run) == {2: {"passing": True, "outcome": None}}
+    done = launch(worker, *arguments, timeout=600)
+    lines = read_lines(run / "metrics.jsonl")
+    steps, scores = ([line for line in lines if ("scores" in line) == scored] for scored in (False, True))
+    assert [(m["step"], m["loss"], m["grad_norm"]) for m in steps] == [
+        (m["step"], m["loss"], m["grad_norm"]) for m in straight_run[1]
+    ]
+    assert (run / "model/model.safetensors").read_bytes() == (straight_run[0] / "model/model.safetensors").read_bytes()
+    assert [line["step"] for line in scores] == [2, 4, 6]
+    values = [line["scores"]["held_out"]["value"] for line in scores]
+    if REAL:
+        expected = [evaluate_by_hand(run, folder, demo) for folder in ("model-step-2", "model-step-4", "model")]
+        assert values == [expected[0] or values[0], *expected[1:]]  # the first one's model may be gone
+    else:
+        assert values[2] == zlib.crc32((run / "model/model.safetensors").read_bytes()) / 2**32
+        assert values[1] == zlib.crc32((run / "model-step-4/model.safetensors").read_bytes()) / 2**32
+    best = (2, 4, 6)[values.index(max(values))]
+    assert json.loads((run / "best/best.json").read_text())["step"] == best
+    assert sorted(path.name for path in run.glob("model-step-*")) == sorted({"model-step-4", f"model-step-{best}"})
+    assert f"| held_out | exact_match | {values[2]:.4g}" in (run / "model/README.md").read_text()
+    reproduce.main(["digits", "--record", str(run), "--ledger", str(tmp_path / "ledger.jsonl")])
+    assert read_ledger(tmp_path / "ledger.jsonl")[0]["scores"]["held_out"]["value"] == values[2]
+    assert report_export(run / "best") is None and "Traceback" not in done.stderr
+
+
+def evaluate_by_hand(run: Path, name: str, demo: Path) -> float | None:
+    """The share of exact answers of a run's model, if it is still there."""
+    if not (run / name).exists():
+        return None
+    words = ["--model", run / name, "--json", demo / "digits/held_out.json", "--images", demo / "digits/images"]
+    command = [sys.executable, "scripts/evaluate.py", *words, "--out", run / "by-hand.json"]
+    subprocess.run([str(word) for word in command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    found = json.loads((run / "by-hand.json").read_text())
+    return found["exact"] / found["of"]
 
 
 def test_exported_model_loads_in_stock_transformers_and_answers(demo, straight_run):

@@ -34,11 +34,12 @@ class Trackers:
 
     Attributes:
         scalars: step -> name -> value of tensorboard; folders: of its writers.
-        logged: the same of wandb; runs: options of each `wandb.init`; configs: of each `wandb.config.update`.
+        logged: the same of wandb; axes: names with their axes; runs: options of each `wandb.init`; configs: of each
+            `wandb.config.update`.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch):
-        self.scalars, self.folders, self.logged, self.runs, self.configs = {}, [], {}, [], []
+        self.scalars, self.folders, self.logged, self.axes, self.runs, self.configs = {}, [], {}, set(), [], []
         patch.setattr(torch.utils, "tensorboard", SimpleNamespace(SummaryWriter=self.writer), raising=False)
         config = SimpleNamespace(update=lambda values, **_: self.configs.append(values))
         patch.setitem(sys.modules, "wandb", SimpleNamespace(init=self.init, config=config))
@@ -56,7 +57,9 @@ class Trackers:
     def init(self, **options):
         self.runs.append(options)
         return SimpleNamespace(
-            log=lambda values, step: self.logged.setdefault(step, {}).update(values), finish=lambda: None
+            log=lambda values, step: self.logged.setdefault(step, {}).update(values),
+            define_metric=lambda name, step_metric: self.axes.add((name, step_metric)),
+            finish=lambda: None,
         )
 
 
@@ -87,16 +90,25 @@ def test_trackers_get_the_numbers_of_the_log_with_their_steps_also_after_a_resta
     for done, last in ((0, 4), (4, 10)):
         journal = start(done, log_with=["tensorboard", "wandb"], log_every=3)
         for step in range(done + 1, last + 1):
+            journal.progress.advance()
             journal.write(step_record(step, loss=1 / step))
         journal.validated(last, {"all": 1.5})
+        journal.scored(last - 2, {"mme": {"value": 1500.0, "metric": "sum", "noise": None, "published": {}}})
         journal.close()
         journal.accelerator.end_training()
-    lines = {line["step"]: line for line in read_lines(path / "metrics.jsonl")}
+    lines = read_lines(path / "metrics.jsonl")
+    score = {"value": 1500.0, "metric": "sum", "samples": None, "noise": None}
+    assert [line for line in lines if "scores" in line] == [{"step": s, "scores": {"mme": score}} for s in (2, 8)]
+    lines = {line["step"]: line for line in lines if "scores" not in line}
     assert list(lines) == list(range(1, 11))
     expected = {step: {k: v for k, v in flat(lines[step]).items() if not isinstance(v, str)} for step in (3, 6, 9, 10)}
     assert {"loss", "step", "source_loss/a", "rates/llm", "source_share/a/1", "eta_s"} < set(expected[3])
     expected[4], expected[10] = {"validation/all": 1.5}, {**expected[10], "validation/all": 1.5}
-    assert trackers.scalars == trackers.logged == expected
+    late = {2: {"scores/mme": 1500.0}, 8: {"scores/mme": 1500.0}}  # at their steps
+    assert trackers.scalars == late | expected
+    for now, step in ((4, 2), (10, 8)):  # wandb takes no step back
+        expected[now] |= {"scores/mme": 1500.0, "scores/step": step}
+    assert trackers.logged == expected and trackers.axes == {("scores/*", "scores/step")}
     assert trackers.folders == [str(path / "llava-next")] * 2
     assert trackers.runs == [{"project": "llava-next", "name": "run", "dir": path}] * 2
     config = flat(asdict(journal.config))

@@ -22,7 +22,7 @@ from llava_next.training.watch.metrics import flat
 # Where a run lies, how fast it goes, what it tells: none of it changes what is learned.
 RUN_KEYS = ("model", "run_dir", "max_steps", "log_every", "log_with", "log_required", "hang_seconds")
 RUN_KEYS += ("push_to_hub", "push_public")
-RUN_KEYS += ("checkpoint", "profile", "activation_checkpointing", "lora.start", "lora.copy_base")
+RUN_KEYS += ("checkpoint", "evaluate", "profile", "activation_checkpointing", "lora.start", "lora.copy_base")
 DATA_KEYS = ("token_budget", "tile_budget", "num_workers", "reads_in_flight", "cache_dir", "cache_gb", "stall_seconds")
 DATA_KEYS += ("image_root", "max_skip_share", "allow_cut", "validation", "validation_every", "validation_steps")
 FREE = (*RUN_KEYS, *(f"data.{key}" for key in DATA_KEYS))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import validate_repo_id
@@ -14,7 +16,7 @@ from llava_next.training.recipe.low_memory import check_torchao
 from llava_next.versions import install
 
 if TYPE_CHECKING:
-    from llava_next.training.recipe.config import RunConfig
+    from llava_next.training.recipe.config import EvaluateConfig, RunConfig
 
 
 def check_run(config: RunConfig, dry_run: bool = False) -> None:
@@ -47,6 +49,7 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     for key, least in (("every", 0), ("keep_last", 1), ("keep_every", 0)):
         value = getattr(config.checkpoint, key)
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
+    check_evaluate(config.evaluate, dry_run)
     if config.float8:
         check_float8(llm_trains=optim.rates.llm is not None)
     elsewhere = config.fused_elsewhere
@@ -73,6 +76,26 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")
     require(all(s.repeat > 0 for s in data.sources), "data.sources", "repeat must be positive")
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", f"must be in [0, 1), not {optim.warmup_ratio}")
+
+
+def check_evaluate(evaluate: EvaluateConfig, dry_run: bool) -> None:
+    """Refuses scorings that say nothing, or of files and devices that cannot be. Raises ValueError."""
+    if evaluate.every < 0 or evaluate.limit < 0 or evaluate.max_hours <= 0:
+        raise ValueError("evaluate: every and limit must be 0 or more, max_hours positive")
+    asked = bool(evaluate.task_names or evaluate.json)
+    if asked != bool(evaluate.every):
+        missing = "evaluate.every: give the steps between scorings" if asked else "evaluate: give tasks or json"
+        raise ValueError(f"{missing}; one says nothing without the other")
+    for key, kind in (("json", Path.is_file), ("images", Path.is_dir)):
+        value = getattr(evaluate, key)
+        if value and not kind(Path(value)) and not dry_run:  # a plan does without
+            raise ValueError(f"evaluate.{key}: {value} is not a {'file' if key == 'json' else 'folder'}")
+    if not all(name.isdecimal() for name in evaluate.gpus or ()):
+        raise ValueError(f"evaluate.devices: {evaluate.devices!r}: give numbers of GPUs as 7 or 6,7, or cpu, or null")
+    try:
+        shlex.split(evaluate.options)
+    except ValueError as error:
+        raise ValueError(f"evaluate.options: {evaluate.options!r} cannot be split into words ({error})") from None
 
 
 def check_repository(name: str) -> None:

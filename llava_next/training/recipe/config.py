@@ -153,6 +153,49 @@ class CheckpointConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Scores of the model while it trains, made by scripts/evaluate.py in a process of its own.
+
+    Args:
+        every: steps between scorings, besides the one at the end; 0: none at all.
+        tasks: benchmarks by their names in lmms-eval, a list or separated by commas (extra `eval`).
+        json: held-out records in any form; images: folder that their image paths are relative to.
+        metric: what scores them, see evaluate.py; null counts exact answers.
+        limit: questions of each benchmark and of the records; 0: all.
+        options: more of evaluate.py's options, as on its command line.
+        devices: where it runs while training goes on: GPUs that the run does not use, numbered as in
+            CUDA_VISIBLE_DEVICES (`7`, `6,7`), or `cpu`; null: on the run's own, and training waits.
+        best: name of the score by which `best/` is kept; null: the first.
+        max_hours: a scoring that takes longer is ended and has failed.
+    """
+
+    every: int = 0
+    tasks: str | list[str] = field(default_factory=list)
+    json: str | None = None
+    images: str | None = None
+    metric: str | None = None
+    limit: int = 0
+    options: str = ""
+    devices: int | str | None = None
+    best: str | None = None
+    max_hours: float = 12.0
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the benchmarks."""
+        given = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        return [name.strip() for name in given if name.strip()]
+
+    @property
+    def gpus(self) -> list[str] | None:
+        """GPUs that `devices` names, none for the CPU; None: the run's own device."""
+        if self.devices is None:
+            return None
+        names = str(self.devices).replace(" ", "").split(",")
+        return [] if names == ["cpu"] else [name.removeprefix("cuda:") for name in names]
+
+
+@dataclass
 class ProfileConfig:
     """What to look into. The result goes to `profile/` in the run folder, see `profile.StepProfiler`.
 
@@ -172,7 +215,7 @@ class RunConfig:
         model: folder of the model to start from (see scripts/compose.py), or of stage 1's result. A dry run also takes
             an architecture (see `stand_ins.plan_parts`), as recipes name theirs.
         run_dir: where config, metrics, checkpoints and the resulting `model/` go.
-        data, optim, checkpoint, profile: see there.
+        data, optim, checkpoint, evaluate, profile: see there.
         lora: train low-rank adapters; null: in full.
         quantize: `nf4` keeps the language model's matrices that have adapters in 4 bits while they train (QLoRA); extra
             `qlora`. Results are merged into the matrices as they were.
@@ -208,6 +251,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     lora: Lora | None = None
     quantize: Literal["nf4"] | None = None
@@ -337,6 +381,7 @@ def _resolve_paths(config: RunConfig) -> None:
     """
     keys = [(config, "model"), (config, "run_dir"), (config.checkpoint, "resume")]
     keys += [(config.data, "cache_dir"), (config.data, "image_root")]
+    keys += [(config.evaluate, "json"), (config.evaluate, "images")]
     keys += [(config.lora, "start")] if config.lora else []
     for section, key in keys:
         value = getattr(section, key)

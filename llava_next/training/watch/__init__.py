@@ -6,6 +6,7 @@ metrics.py: lines and numbers of it
 timing.py: what the device tells of a step, without waiting for more than it
 health.py: skipped updates, heartbeats, garbage collection
 profile.py: traces of chosen steps
+beside.py: commands that run beside it, and end with it
 stopping.py: why a run is to stop before its end
 memory.py: memory that was not enough, said and remembered
 launcher.py: one message at the end, through the launcher too

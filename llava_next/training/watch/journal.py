@@ -19,6 +19,8 @@ from llava_next.training.recipe.config import RunConfig
 from llava_next.training.watch.metrics import JsonLines, Progress, console_line, flat
 from llava_next.training.watch.trackers import track
 
+KEPT = ("value", "metric", "samples", "noise")  # of a score
+
 
 class Journal:
     """Completes the record of each step and hands it on; the main process speaks, the others keep their holes only.
@@ -73,6 +75,26 @@ class Journal:
         self.validation.write({"step": step, **{f"loss/{name}": loss for name, loss in losses.items()}})
         self.say(f"step {step}: held-out loss " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         self._track({f"validation/{name}": loss for name, loss in losses.items()}, step)
+
+    def scored(self, step: int, scores: dict[str, dict], failed: str = "") -> None:
+        """Writes scores of the model after a step: a line of `metrics.jsonl` for itself, trackers, console.
+
+        Args:
+            step: may lie behind what the run has reached.
+            scores: as scores.json has them.
+            failed: why there are none, or not all.
+        """
+        if not self.main:
+            return
+        kept = {name: {key: found.get(key) for key in KEPT} for name, found in scores.items()}
+        self.metrics.write({"step": step, "scores": kept, **({"failed": failed} if failed else {})})
+        if kept:
+            said = ", ".join(f"{name} {found['value']:.4g}" for name, found in kept.items())
+            self.say(f"step {step}: scores {said}")
+            values = {f"scores/{name}": found["value"] for name, found in kept.items()}
+            track(self.accelerator, values, step, self.say, now=self.progress.done)
+        if failed:
+            self.say(f"warning: step {step}: {failed}")
 
     def changed(self, notes: Iterable[str]) -> None:
         """Writes down what a start has changed of a run: `changes.jsonl`, with the first step that is done so."""

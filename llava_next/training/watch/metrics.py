@@ -45,8 +45,10 @@ class JsonLines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file until there is another line."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 def _finite(value):

@@ -65,11 +65,22 @@ def _start(config: RunConfig, accelerator: Accelerator) -> list[str]:
     return failed
 
 
-def track(accelerator: Accelerator, values: dict, step: int, say: Callable[[str], None]) -> None:
-    """Sends numbers to the trackers; one that fails is left out from then on."""
+def track(
+    accelerator: Accelerator, values: dict, step: int, say: Callable[[str], None], now: int | None = None
+) -> None:
+    """Sends numbers to the trackers; one that fails is left out from then on.
+
+    Args:
+        now: step that the run has reached, where `values` are scores of `step`, which may lie behind it. wandb takes
+            no step back: there they have `scores/step` as an axis of their own.
+    """
     for tracker in [*accelerator.trackers]:
         try:
-            tracker.log(values, step=step)
+            if now is not None and tracker.name == "wandb":
+                tracker.run.define_metric("scores/*", step_metric="scores/step")
+                tracker.log({**values, "scores/step": step}, step=now)
+            else:
+                tracker.log(values, step=step)
         except Exception as error:
             accelerator.trackers.remove(tracker)
             say(f"warning: {cannot_be_used(tracker.name, error)}. It gets no more numbers; metrics.jsonl has them")
