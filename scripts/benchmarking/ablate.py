@@ -96,7 +96,7 @@ def run(args) -> None:
     deadline, device = time.monotonic() + args.seconds, accelerator.device
     model, _ = build(accelerator, config, work.rates, How(policy))
     samples, micros = work.step(config)
-    bench = Bench(accelerator, model, samples, [], policy)
+    bench = Bench(accelerator, model, samples, [])
     bench.micros = ready([batch.weighted(bench.weights) for batch in micros], device)
     base = measure(model, bench.micros, device, args.steps, args.warmup)
     figures = {"layers": config.text_config.num_hidden_layers, "checkpointing": policy, "samples": work.samples}

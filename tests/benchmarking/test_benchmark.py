@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,19 @@ def test_all_of_a_gpu_ends_in_time_and_says_what_it_left_out(tmp_path, monkeypat
         *("off by 1e-7", "exit status 3: beyond its bound", "not begun: no time left"),
     ]
     assert ["sleep", "61.5"] not in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("LLAVA_NEXT_GPU_ALL"), reason="an hour; set LLAVA_NEXT_GPU_ALL=1 to run")
+def test_every_job_for_a_gpu_ends_whole_on_a_cpu(tmp_path):
+    """None may fail by itself where there are minutes. Needs torchao on PYTHONPATH."""
+    names, options = [job.name for job in gpu_all.JOBS], "--steps 1 --warmup 1 --shortened 20 --samples 1"
+    gpu_all.run(argparse.Namespace(limit=7000.0, device="cpu", jobs=names, options=options, out=tmp_path))
+    ended = json.loads((tmp_path / "gpu-all-cpu.json").read_text())["figures"]
+    assert list(ended) == names and [name for name in names[len(truth.PARTS) :] if ended[name]["ended"] != "done"] == []
+    assert [name for name in names if "exit status" in ended[name]["ended"]] == []
+    card = json.loads((tmp_path / "ablate-vicuna-7b-clip-336-tiny-cpu.json").read_text())
+    assert {row["lever"].partition(":")[0] for row in card["figures"]["levers"]} >= {"packing", "compile", "prefetch_2"}
 
 
 def test_truth_holds_to_its_bounds_and_names_what_is_beyond_them():
