@@ -394,5 +394,5 @@ def test_hub_urls_and_a_missing_package_say_what_to_do(monkeypatch):
         with pytest.raises(ValueError, match="is written hf://datasets/ORG/NAME"):
             Storage(url)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(StorageError, match=r"hf://datasets/org/name/data\.tar: .*pip install 'huggingface_hub"):
+    with pytest.raises(StorageError, match=r"hf://datasets/org/name/data\.tar: .*pip install .* -e '\.\[cloud\]'"):
         Storage("hf://datasets/org/name").read_all("data.tar")
