@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from evaluation.engines import BACKENDS, Transformers, generate
 from evaluation.metrics import METRICS
-from evaluation.questions import Question, read_questions
+from evaluation.questions import Question, check_any_asked, read_questions
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
 from llava_next.data.format.pictures import open_rgb
 from llava_next.data.inputs.listing import Listing
@@ -118,8 +118,7 @@ def count_exact(args: Namespace, listing: Listing, folder: Path, scores: ScoreFo
     questions, left_out = read_questions(listing, args.images, processor, args.limit)
     for line in common_reasons(left_out, REASONS_SHOWN):
         print(f"left out: {line}")
-    if not questions:
-        raise ValueError(f"none of {len(listing)} samples can be asked: there is no score")
+    check_any_asked(questions, left_out)
     results = ask_all(model, processor, questions, args.batch_size or 50, args.max_new_tokens)
     correct = sum(r["answer"] == r["right"] for r in results)
     for r in results[: args.show]:

@@ -55,11 +55,22 @@ def read_scores(path: Path) -> dict[str, dict]:
 
 
 def read_best(run_dir: Path) -> dict:
-    """What `best/` says of itself: `step`, `by`, `scores`; nothing when there is none."""
+    """What `best/` says of itself: `step`, `by`, `scores`; nothing when there is none, or it is not of a run."""
     try:
-        return json.loads((run_dir / BEST / f"{BEST}.json").read_bytes())
-    except (OSError, ValueError):
+        best = json.loads((run_dir / BEST / f"{BEST}.json").read_bytes())
+        return best if isinstance(best["step"], int) and isinstance(best["scores"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def in_the_way(run_dir: Path) -> str:
+    """What lies where scores would be written and is not of a run, with what to do; nothing when all is well."""
+    best, scores = run_dir / BEST, run_dir / SCORES
+    if os.path.lexists(best) and not read_best(run_dir):
+        return f"{best} is not one that a run has written ({BEST}.json says so), and would be replaced: rename it"
+    if os.path.lexists(scores) and not scores.is_dir():
+        return f"{scores} is not a folder: rename it"
+    return ""
 
 
 def keep_best(run_dir: Path, step: int, name: str, scores: dict[str, dict]) -> bool:

@@ -27,8 +27,10 @@ from llava_next.training.devices.agreement import agree
 from llava_next.training.recipe.config import EvaluateConfig, RunConfig
 from llava_next.training.scores import (
     BEST,
+    JOB,
     SCORES,
     folder_of,
+    in_the_way,
     jobs_of,
     keep_best,
     link_files,
@@ -122,12 +124,12 @@ def check_scoring(config: RunConfig, script: Path) -> list[str]:
     answer = [[], ""]
     with tempfile.TemporaryDirectory() as folder:
         log, process = Path(folder) / LOG, None
-        if dist.get_rank() == 0 and not (taken := set(own_gpus()) & set(evaluate.gpus or ())):
+        if dist.get_rank() == 0 and not (wrong := _refusal(config)):
             print("scores     looking whether they can be made (scripts/evaluate.py --check_only)", flush=True)
             words = commands(config, script, Path(config.model), Path(config.run_dir) / SCORES, "--check_only", "true")
             process = Beside(words, log, environment(evaluate, script))
         elif dist.get_rank() == 0:
-            answer[1] = f"evaluate.devices: the run uses {', '.join(sorted(taken))} itself: give others, or null"
+            answer[1] = wrong
         wait_for(lambda: process is None or process.poll() is not None)
         if process is not None:
             answer = read_check(log.read_text(errors="replace"), process.poll(), evaluate.best)
@@ -136,6 +138,14 @@ def check_scoring(config: RunConfig, script: Path) -> list[str]:
     if wrong:
         raise ScoringError(wrong)
     return names
+
+
+def _refusal(config: RunConfig) -> str:
+    """What can be said against the scorings on this machine before scripts/evaluate.py is asked."""
+    if taken := set(own_gpus()) & set(config.evaluate.gpus or ()):
+        return f"evaluate.devices: the run uses {', '.join(sorted(taken))} itself: give others, or null"
+    found = in_the_way(Path(config.run_dir))
+    return found and f"evaluate: {found}, or give another run_dir"
 
 
 def read_check(said: str, status: int, best: str | None) -> list:
@@ -180,7 +190,7 @@ class Scoring:
 
     def __init__(self, config: RunConfig, names: Sequence[str], script: Path, journal: Journal, main: bool = True):
         self.config, self.script, self.journal, self.main = config, script, journal, main
-        self.run_dir, self.best = Path(config.run_dir), config.evaluate.best or names[0]
+        self.run_dir, self.names, self.best = Path(config.run_dir), set(names), config.evaluate.best or names[0]
         self.beside = config.evaluate.gpus is not None
         self._process: Beside | None = None
         self._began = self._told = 0.0
@@ -214,19 +224,30 @@ class Scoring:
         with self._harmless(step):
             write_job(self.run_dir, step, {"passing": passing, "outcome": None})
             self._queue.append(step)
+        if passing and step not in self._queue:  # no job to be removed with
+            with suppress(OSError):
+                remove_exports(self.run_dir, step)
         self.poll()
 
     def score_result(self, step: int, asked: Callable[[], bool]) -> bool:
-        """Scores `model/`, as it is after a step, and puts that into its card; what waits comes before. Returns as
-        `wait` does. A collective."""
-        if self.main and step not in jobs_of(self.run_dir):
+        """Scores `model/`, as it is after a step, and puts that into its card; what waits comes before. One whose
+        scores lack a name that the run has by now is scored again. Returns as `wait` does. A collective."""
+        if self.main and self._lacks_scores(step):
             with self._harmless(step), made_aside(self.run_dir / f"model-step-{step}") as aside:
                 link_files(self.run_dir / "model", aside)
+            with suppress(OSError):
+                (folder_of(self.run_dir, step) / JOB).unlink(missing_ok=True)
             self.submit(step, passing=True)
         is_done = self.wait(asked)
         if self.main and (scores := read_scores(folder_of(self.run_dir, step) / "scores.json")):
             self._tell_card("model", scores)
         return is_done
+
+    def _lacks_scores(self, step: int) -> bool:
+        """Whether there was no job of a step, or it was done when the run had other scores."""
+        job = jobs_of(self.run_dir).get(step)
+        scores = read_scores(folder_of(self.run_dir, step) / "scores.json")
+        return job is None or (job["outcome"] == "done" and not scores.keys() >= self.names)
 
     def poll(self) -> None:
         """Begins, ends and tells what there is to; takes no time."""

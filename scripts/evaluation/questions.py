@@ -12,7 +12,7 @@ from llava_next.data.format.pictures import open_rgb
 from llava_next.data.format.records import has_system, read_record
 from llava_next.data.format.tar import BadSample
 from llava_next.data.inputs.listing import Listing
-from llava_next.data.inputs.samples import rejection
+from llava_next.data.inputs.samples import common_reasons, rejection
 from llava_next.tokenise import IMAGE_TOKEN
 from llava_next.turns import place_images, read_turns
 
@@ -87,6 +87,13 @@ def read_questions(
         except (BadSample, TemplateError) as error:
             left_out.append(rejection(row, record, str(error)))
     return questions, left_out
+
+
+def check_any_asked(questions: list[Question], left_out: list[dict]) -> None:
+    """Refuses samples none of which can be asked, with the most common reason. Raises ValueError."""
+    if not questions:
+        reason = next(iter(common_reasons(left_out)), "there are none")
+        raise ValueError(f"none of {len(left_out)} samples can be asked, so there is no score: {reason}")
 
 
 def first_question(record: dict, images: Path | None) -> Question:

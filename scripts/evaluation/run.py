@@ -18,7 +18,7 @@ import torch
 from building.inputs import list_input
 from evaluation.engines import Engine, load_processor, start_engine
 from evaluation.metrics import METRICS
-from evaluation.questions import Question, read_questions
+from evaluation.questions import Question, check_any_asked, read_questions
 from evaluation.scores import Sample, Score, ScoreFolder, model_hash, open_scores, score_name
 from llava_next.data.inputs.samples import common_reasons
 from llava_next.model.folders.adapters import CONFIG, read_adapter
@@ -105,7 +105,10 @@ def check(args: Namespace) -> list[str]:
     """
     folder, seen, count = check_arguments(args), os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     if (args.device or "").startswith("cuda") and count < len((seen or "0").split(",")):
-        raise ValueError(f"--device {args.device}: of CUDA_VISIBLE_DEVICES {seen!r} {count} GPUs are there")
+        raise ValueError(
+            f"--device {args.device}: of the GPUs {seen or 0} (CUDA_VISIBLE_DEVICES; evaluate.devices of a run) only "
+            f"{count} are there: give others, or cpu"
+        )
     if args.tasks:
         make_way()
         return [task.config.task for task in named_tasks(args)]
@@ -171,8 +174,7 @@ def own_questions(args: Namespace, processor, is_main_process: bool) -> list[Que
     if is_main_process:
         for line in common_reasons(left_out):
             print(f"left out: {line}")
-    if not questions:
-        raise ValueError(f"none of {len(listing)} samples can be asked: there is no score")
+    check_any_asked(questions, left_out)
     return questions
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from llava_next.training import scoring
 from llava_next.training.recipe.config import EvaluateConfig, RunConfig, parse_run
-from llava_next.training.scores import folder_of, forget_later, jobs_of, keep_best, read_best
+from llava_next.training.scores import folder_of, forget_later, in_the_way, jobs_of, keep_best, read_best
 from llava_next.training.scoring import (
     Scoring,
     ScoringError,
@@ -112,6 +112,11 @@ def test_a_script_that_cannot_be_started_is_a_failure_like_any(tmp_path, monkeyp
     scores.submit(10, passing=True)
     assert scores.journal.said == ["warning: step 10 has no scores (OSError: no more processes)"]
     assert jobs_of(tmp_path)[10]["outcome"] == "OSError: no more processes" and models(tmp_path) == ["model-step-10"]
+    monkeypatch.setattr(scoring, "write_job", refuse)  # a full disk, say: exports without a job do not pile up
+    for step, passing in ((20, True), (30, False)):
+        export(tmp_path, step, 0.5)
+        scores.submit(step, passing)
+    assert models(tmp_path) == ["model-step-10", "model-step-30"] and len(scores.journal.said) == 3
 
 
 def test_a_stop_ends_the_evaluator_and_the_job_is_done_when_the_run_goes_on(one_process, tmp_path, monkeypatch):
@@ -134,8 +139,9 @@ def test_the_result_is_scored_once_as_it_is(one_process, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "POLL", 0.01)
     export(tmp_path, 30, 0.5)
     (tmp_path / "model-step-30").rename(tmp_path / "model")
-    for expected in ([(30, {"held_out": 0.5})], []):
+    for also, expected in (([], [(30, {"held_out": 0.5})]), ([], []), (["more"], [(30, {"held_out": 0.5})])):
         scores = start(tmp_path, devices=None)
+        scores.names.update(also)  # the run goes on with a score that it had not: made of the result
         assert scores.score_result(30, lambda: False) is True and scores.journal.scores == expected
     assert read_best(tmp_path)["step"] == 30 and (tmp_path / "best/value").samefile(tmp_path / "model/value")
 
@@ -266,6 +272,23 @@ def test_nothing_of_an_evaluation_outlives_the_run(tmp_path):
     assert psutil.wait_procs(tree, timeout=30)[1] == []
 
 
+@pytest.mark.parametrize("told", [None, "[1]", '{"step": 1}', '{"step": "1", "scores": {}}'])
+def test_what_people_have_put_where_scores_go_is_not_replaced(one_process, tmp_path, told):
+    config = start(tmp_path, devices=None).config
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/weights").touch()
+    if told:
+        (tmp_path / "best/best.json").write_text(told)
+    with pytest.raises(ScoringError, match=r"evaluate: .*/best is not one that a run has written .*: rename it"):
+        check_scoring(config, STUB)
+    forget_later(tmp_path, 0)
+    assert (tmp_path / "best/weights").exists()
+    (tmp_path / "best").rename(tmp_path / "scores")
+    assert in_the_way(tmp_path) == ""
+    (tmp_path / "best").symlink_to("nowhere")
+    assert "/best is not one" in in_the_way(tmp_path)
+
+
 def test_what_the_check_says_is_the_names_or_one_error(tmp_path):
     assert read_check('a note\n["mme", "pope"]\n["held_out"]\n', 0, "pope") == [["mme", "pope", "held_out"], ""]
     assert read_check('["mme"]\n', 0, "mmee")[1] == "evaluate.best: 'mmee' is no score of this run; they are mme"
@@ -282,6 +305,14 @@ def test_what_the_check_says_is_the_names_or_one_error(tmp_path):
         (["--evaluate.every", "5", "--evaluate.json", "nowhere.json"], "evaluate.json: nowhere.json is not a file"),
         (["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.devices", "gpu"], "evaluate.devices: 'gpu'"),
         (["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "'"], "evaluate.options: "),
+        (
+            ["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "--show 1 --out=o"],
+            "--out is what",
+        ),
+        (
+            ["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "--lim 3"],
+            "options: --lim is what",
+        ),
         (["--evaluate.every", "-5", "--evaluate.tasks", "mme"], "must be 0 or more"),
     ],
 )

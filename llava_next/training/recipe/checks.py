@@ -18,6 +18,10 @@ from llava_next.versions import install
 if TYPE_CHECKING:
     from llava_next.training.recipe.config import EvaluateConfig, RunConfig
 
+# options of scripts/evaluate.py that a run sets; it takes shortened ones too
+GIVEN_TO_EVALUATE = ("--model", "--out", "--tasks", "--json", "--images", "--metric", "--limit", "--device")
+GIVEN_TO_EVALUATE += ("--keep_template", "--check_only")
+
 
 def check_run(config: RunConfig, dry_run: bool = False) -> None:
     """Raises ValueError naming the first key whose value cannot work."""
@@ -93,9 +97,12 @@ def check_evaluate(evaluate: EvaluateConfig, dry_run: bool) -> None:
     if not all(name.isdecimal() for name in evaluate.gpus or ()):
         raise ValueError(f"evaluate.devices: {evaluate.devices!r}: give numbers of GPUs as 7 or 6,7, or cpu, or null")
     try:
-        shlex.split(evaluate.options)
+        words = shlex.split(evaluate.options)
     except ValueError as error:
         raise ValueError(f"evaluate.options: {evaluate.options!r} cannot be split into words ({error})") from None
+    names = [word.partition("=")[0] for word in words if len(word) > 2 and word.startswith("--")]
+    if given := [name for name in names if any(full.startswith(name) for full in GIVEN_TO_EVALUATE)]:
+        raise ValueError(f"evaluate.options: {', '.join(given)} is what the run gives scripts/evaluate.py by itself")
 
 
 def check_repository(name: str) -> None:
