@@ -126,9 +126,9 @@ def test_what_a_run_is_to_be_scored_by_is_looked_at_without_weights(demo, monkey
     assert run(monkeypatch, demo, SAMPLES, *out).stdout.splitlines()[-1] == '["held_out"]'
     assert '["mine"]' in run(monkeypatch, demo, SAMPLES, *out, "--name", "mine").stdout
     for records, options, message in (
-        (SAMPLES[6:], (), "error: none of 3 samples can be asked"),
+        (SAMPLES[7:8], (), "error: none of 1 samples can be asked, so there is no score: no such image file (1):"),
         (SAMPLES, ("--metric", "anls"), "error: --tasks and --metric need lmms-eval"),
-        (SAMPLES, ("--device", "cuda"), "error: --device cuda: of CUDA_VISIBLE_DEVICES "),
+        (SAMPLES, ("--device", "cuda"), "error: --device cuda: of the GPUs "),
     ):
         monkeypatch.setattr("evaluation.run.has_lmms_eval", lambda: False)
         result = run(monkeypatch, demo, records, *out, *options)

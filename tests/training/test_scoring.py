@@ -305,14 +305,9 @@ def test_what_the_check_says_is_the_names_or_one_error(tmp_path):
         (["--evaluate.every", "5", "--evaluate.json", "nowhere.json"], "evaluate.json: nowhere.json is not a file"),
         (["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.devices", "gpu"], "evaluate.devices: 'gpu'"),
         (["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "'"], "evaluate.options: "),
-        (
-            ["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "--show 1 --out=o"],
-            "--out is what",
-        ),
-        (
-            ["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "--lim 3"],
-            "options: --lim is what",
-        ),
+        (["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "--show 1 --out=o"], ": --out is"),
+        (["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.options", "--lim 3"], ": --lim is"),
+        (["--evaluate.every", "5", "--evaluate.tasks", "mme", "--evaluate.metric", "anls"], "metric: says nothing"),
         (["--evaluate.every", "-5", "--evaluate.tasks", "mme"], "must be 0 or more"),
     ],
 )

@@ -90,6 +90,9 @@ def check_evaluate(evaluate: EvaluateConfig, dry_run: bool) -> None:
     if asked != bool(evaluate.every):
         missing = "evaluate.every: give the steps between scorings" if asked else "evaluate: give tasks or json"
         raise ValueError(f"{missing}; one says nothing without the other")
+    for key in ("images", "metric"):
+        if getattr(evaluate, key) and not evaluate.json:
+            raise ValueError(f"evaluate.{key}: says nothing without evaluate.json; benchmarks have their own")
     for key, kind in (("json", Path.is_file), ("images", Path.is_dir)):
         value = getattr(evaluate, key)
         if value and not kind(Path(value)) and not dry_run:  # a plan does without
