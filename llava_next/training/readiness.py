@@ -20,6 +20,8 @@ from llava_next.training.forecast.budget import units
 from llava_next.training.pushing import check_push
 from llava_next.training.recipe.config import RunConfig
 from llava_next.training.recipe.optim import freeze
+from llava_next.training.scores import jobs_of
+from llava_next.training.scoring import WAITING
 from llava_next.training.setup import Parts, empty_model, excused_checks
 from llava_next.training.watch.metrics import si
 
@@ -100,9 +102,14 @@ def check_room(config: RunConfig, parts: Parts, mixture: Mixture, resume: Resume
     most = max(kept, min(there + saves, options.keep_last + 1) - there, int(saves > 0))  # the oldest goes last
     every = options.export_every or last + 1
     exports = max(0, (last - 1) // every - done // every)
-    if options.export_every == 0 and config.evaluate.every:  # the best and the one that is being scored
-        exports = min(2, max(0, (last - 1) // config.evaluate.every - done // config.evaluate.every))
     run_dir = Path(config.run_dir)
+    if config.evaluate.every:  # exports that are for their scores alone: the best, the one that is scored, those behind
+        due = sum(step % config.evaluate.every == 0 and step % every > 0 for step in range(done + 1, last))
+        most_scored = 2 if config.evaluate.devices is None else 2 + WAITING
+        scored = sum(
+            job["passing"] and (run_dir / f"model-step-{step}").exists() for step, job in jobs_of(run_dir).items()
+        )
+        exports += max(0, min(scored + due, most_scored) - scored)
     if _device(run_dir) == _device(resume.folder):
         places = [(run_dir, exports * result + max(most * checkpoint, kept * checkpoint + result))]
     else:

@@ -210,7 +210,7 @@ class Scoring:
     def leave_out(self, step: int) -> None:
         """Notes that a step is not scored, because jobs take longer than the steps between them."""
         if self.main:
-            behind = f"{len(self._queue)} exports wait already: scoring takes longer than evaluate.every steps"
+            behind = f"{WAITING} exports wait behind one already: scoring takes longer than evaluate.every steps"
             self.journal.scored(step, {}, f"not scored, {behind}")
 
     def submit(self, step: int, passing: bool) -> None:
@@ -240,7 +240,7 @@ class Scoring:
             self.submit(step, passing=True)
         is_done = self.wait(asked)
         if self.main and (scores := read_scores(folder_of(self.run_dir, step) / "scores.json")):
-            self._tell_card("model", scores)
+            self._tell_cards("", scores)
         return is_done
 
     def _lacks_scores(self, step: int) -> bool:
@@ -327,17 +327,20 @@ class Scoring:
             failed = f"scoring failed ({reason}): {said}; all of it in {folder / LOG}"
         self.journal.scored(step, scores, failed)
         if scores:
-            self._tell_card(f"model-step-{step}", scores)
+            self._tell_cards(f"-step-{step}", scores)
             if keep_best(self.run_dir, step, self.best, scores):
                 self.journal.say(f"step {step}: the best so far by {self.best}, kept in {self.run_dir / BEST}")
         job = jobs_of(self.run_dir)[step]
         write_job(self.run_dir, step, {**job, "outcome": failed or "done"})
 
-    def _tell_card(self, name: str, scores: dict[str, dict]) -> None:
-        try:
-            add_scores(self.run_dir / name, scores)
-        except Exception as error:  # a card costs no scores
-            self.journal.say(f"warning: the card of {name} gets no scores ({error})")
+    def _tell_cards(self, ending: str, scores: dict[str, dict]) -> None:
+        """Puts scores into the cards of a model and of the adapter that it is merged of, if any."""
+        for folder in (self.run_dir / f"{kind}{ending}" for kind in ("model", "adapter")):
+            try:
+                if folder.exists():
+                    add_scores(folder, scores)
+            except Exception as error:  # a card costs no scores
+                self.journal.say(f"warning: the card of {folder.name} gets no scores ({error})")
 
     def _tidy(self) -> None:
         """Removes exports that were made for their scores alone: not those of the best, of jobs to be done, and of the

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from llava_next.training import readiness
 from llava_next.training.checkpoints.recovery import Resume
 from llava_next.training.readiness import check_places, check_ready, check_room
 from llava_next.training.recipe.config import CheckpointConfig, RunConfig
+from llava_next.training.scores import write_job
 from llava_next.training.setup import Parts
 from support.tiny import tiny_config
 
@@ -37,8 +39,12 @@ def test_disk_must_hold_what_the_run_is_certain_to_write(given, monkeypatch, eve
     sizes = readiness.units(model).whole
     checkpoint, result = 12 * sizes.trainable, 2 * sizes.parameters
     assert checkpoint > 3 * result
-    if every == export_every == 0:  # the best model and the one that is being scored
-        config.evaluate.every, results = 3, 3
+    if every == export_every == 0:  # goes on beside one of four
+        write_job(Path(config.run_dir), 1, {"passing": True, "outcome": None})
+        (Path(config.run_dir) / "model-step-1").mkdir()
+    scored = {(0, 0): (2, "cpu", 3), (5, 0): (3, None, 2), (0, 4): (4, None, 0)}
+    config.evaluate.every, config.evaluate.devices, more = scored.get((every, export_every), (0, None, 0))
+    results += more  # exports that are there at once for their scores alone
     need = checkpoints * checkpoint + results * result
     if every == 1:
         need = 3 * checkpoint  # more than the two that stay and the result

@@ -146,6 +146,17 @@ def test_the_result_is_scored_once_as_it_is(one_process, tmp_path, monkeypatch):
     assert read_best(tmp_path)["step"] == 30 and (tmp_path / "best/value").samefile(tmp_path / "model/value")
 
 
+def test_scores_stand_in_the_cards_of_the_model_and_of_its_adapter(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(scoring, "add_scores", lambda folder, scores: told.append((folder.name, scores["held_out"])))
+    scores = start(tmp_path)
+    export(tmp_path, 10, 0.5)
+    (tmp_path / "adapter-step-10").mkdir()
+    scores.submit(10, passing=False)
+    finish(scores)
+    assert [(name, found["value"]) for name, found in told] == [("model-step-10", 0.5), ("adapter-step-10", 0.5)]
+
+
 def test_behind_too_many_a_step_is_left_out_with_a_word(tmp_path):
     scores = start(tmp_path)
     for step in (10, 20, 30):
@@ -155,7 +166,7 @@ def test_behind_too_many_a_step_is_left_out_with_a_word(tmp_path):
     scores.leave_out(40)
     scores.close()
     ((step, failed),) = scores.journal.failed
-    assert step == 40 and failed.startswith("not scored, 3 exports wait already")
+    assert step == 40 and failed.startswith("not scored, 2 exports wait behind one already")
 
 
 @pytest.mark.parametrize(
