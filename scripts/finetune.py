@@ -137,7 +137,7 @@ def train(
     resume = verified(config, resume, replan, accelerator.print)
     kept = (partial(save_run, given, run_dir / "config.yaml"), partial(keep_choice, plan, run_dir))
     kept += (partial(keep_companions, config, parts), partial(keep_provenance, plan, mixture))
-    kept += (partial(forget_later, run_dir, resume.state["step"]),)
+    kept += (partial(forget_later, run_dir, resume.state["step"], bool(scores)),)
     resume.prepare(run_dir, lambda: [keep() for keep in kept])
     start_trackers(config, accelerator, accelerator.print)
 

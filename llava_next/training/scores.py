@@ -121,14 +121,22 @@ def remove_exports(run_dir: Path, step: int) -> None:
             shutil.rmtree(gone)
 
 
-def forget_later(run_dir: Path, step: int) -> None:
+def forget_later(run_dir: Path, step: int, is_scored: bool = True) -> None:
     """Removes the jobs of steps that will be done again, with exports that were made for them. Before the run begins;
-    one that begins anew has no best either."""
+    one that begins anew has no best either.
+
+    Args:
+        is_scored: whether the run has scores now; if not, exports that wait for theirs are named.
+    """
     for later, job in jobs_of(run_dir).items():
         if later > step:
             if job["passing"]:
                 remove_exports(run_dir, later)
             shutil.rmtree(folder_of(run_dir, later))
+    waiting = [later for later, job in jobs_of(run_dir).items() if job["passing"] and job["outcome"] != "done"]
+    left = [str(path) for path in (run_dir / f"model-step-{later}" for later in waiting) if path.exists()]
+    if left and not is_scored:
+        print(f"note       without evaluate.every {', '.join(left)} get no scores: remove them, or give it", flush=True)
     put_back_best(run_dir)
     if step == 0 and (best := read_best(run_dir)):
         print(f"note       {run_dir / BEST} of step {best['step']} is removed: the run begins anew", flush=True)

@@ -119,7 +119,7 @@ def test_a_script_that_cannot_be_started_is_a_failure_like_any(tmp_path, monkeyp
     assert models(tmp_path) == ["model-step-10", "model-step-30"] and len(scores.journal.said) == 3
 
 
-def test_a_stop_ends_the_evaluator_and_the_job_is_done_when_the_run_goes_on(one_process, tmp_path, monkeypatch):
+def test_a_stop_ends_the_evaluator_and_the_job_is_done_when_the_run_goes_on(one_process, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scoring, "POLL", 0.01)
     scores, started = start(tmp_path, devices=None), folder_of(tmp_path, 10) / "started.json"
     export(tmp_path, 10, "hang")
@@ -129,6 +129,8 @@ def test_a_stop_ends_the_evaluator_and_the_job_is_done_when_the_run_goes_on(one_
     assert not psutil.pid_exists(json.loads(started.read_text())["process"])
     assert jobs_of(tmp_path)[10] == {"passing": True, "outcome": None} and scores.journal.scores == []
     (tmp_path / "model-step-10/value").write_text("0.5")
+    forget_later(tmp_path, 10, is_scored=False)
+    assert f"without evaluate.every {tmp_path}/model-step-10 get no scores" in capsys.readouterr().out
     again = start(tmp_path, devices=None)
     again.submit(10, passing=True)  # is waiting already
     assert again.wait(lambda: False) is True and again.journal.scores == [(10, {"held_out": 0.5})]
@@ -208,7 +210,8 @@ def test_steps_that_are_done_again_are_scored_again(tmp_path, capsys):
         scores.submit(step, passing)
     finish(scores)
     export(tmp_path, 40, 0.5)  # no scoring's
-    forget_later(tmp_path, 10)
+    forget_later(tmp_path, 10, is_scored=False)
+    assert capsys.readouterr().out == ""  # nothing waits
     assert list(jobs_of(tmp_path)) == [10] and models(tmp_path) == ["model-step-30", "model-step-40"]
     assert read_best(tmp_path)["step"] == 30  # of this run, and what it says is so
     forget_later(tmp_path, 0)
