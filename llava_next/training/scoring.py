@@ -153,7 +153,9 @@ def read_check(said: str, status: int, best: str | None) -> list:
     lines = [line for line in said.splitlines() if line.strip()]
     if status:
         told = [line for line in lines if "error: " in line] or lines or [f"exit status {status}"]
-        return [[], f"evaluate: scripts/evaluate.py: {told[-1].partition('error: ')[2] or told[-1]}"]
+        why = told[-1].partition("error: ")[2] or told[-1]
+        where = " in evaluate.options" if why.endswith("--data DATA") else ""
+        return [[], f"evaluate: scripts/evaluate.py: {why}{where}"]
     names = [name for line in lines if line.startswith('["') for name in json.loads(line)]
     if not names:
         return [names, f"evaluate: scripts/evaluate.py names no score: {lines[-1:]}"]
