@@ -37,13 +37,10 @@ def score(args: Namespace) -> None:
     """Scores as the command line asks (`scripts/evaluate.py`). Raises ValueError for what cannot be asked so."""
     folder = check_arguments(args)
     check_model(folder, args.keep_template)
-    make_way()
+    import_lmms_eval()
     with quiet():
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-
-        import evaluation.model
-        import evaluation.tasks  # noqa: F401  lmms-eval's notes are printed when it is first imported
 
     # the first process to end waits for the others
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
@@ -109,18 +106,22 @@ def check(args: Namespace) -> list[str]:
             f"--device {args.device}: of the GPUs {seen or 0} (CUDA_VISIBLE_DEVICES; evaluate.devices of a run) only "
             f"{count} are there: give others, or cpu"
         )
+    if args.tasks or args.metric:  # an environment where it cannot be imported is found out here
+        import_lmms_eval()
     if args.tasks:
-        make_way()
         return [task.config.task for task in named_tasks(args)]
     args.limit = min(args.limit or CHECKED, CHECKED)
     own_questions(args, load_processor(folder), True)
     return [score_name(args)]
 
 
-def make_way() -> None:
-    """lmms-eval imports a package `evaluate`: this folder's script must not stand in its way."""
+def import_lmms_eval() -> None:
+    """Imports it, without its notes. It imports a package `evaluate`: this folder's script must not be in the way."""
     scripts = str(Path(__file__).parents[1])
     sys.path[:] = [*(path for path in sys.path if path != scripts), scripts]
+    with quiet():
+        import evaluation.model
+        import evaluation.tasks  # noqa: F401
 
 
 def named_tasks(args: Namespace) -> list:

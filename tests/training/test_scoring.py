@@ -308,9 +308,8 @@ def test_what_the_check_says_is_the_names_or_one_error(tmp_path):
     assert read_check('["mme"]\n', 0, "mmee")[1] == "evaluate.best: 'mmee' is no score of this run; they are mme"
     said = "Traceback\nevaluate.py: error: --tasks: 'mm' is no task\nat the end\n"
     assert read_check(said, 1, None) == [[], "evaluate: scripts/evaluate.py: --tasks: 'mm' is no task"]
-    assert read_check("error: fetch it, then give --data DATA\n", 1, None)[1].endswith(
-        "--data DATA in evaluate.options"
-    )
+    told = read_check("error: fetch it, then give --data DATA\n", 1, None)[1]
+    assert told.endswith("give --data DATA in evaluate.options")
     assert read_check("", 3, None)[1] == "evaluate: scripts/evaluate.py: exit status 3"
 
 
