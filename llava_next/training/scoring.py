@@ -159,6 +159,11 @@ def read_check(said: str, status: int, best: str | None) -> list:
     names = [name for line in lines if line.startswith('["') for name in json.loads(line)]
     if not names:
         return [names, f"evaluate: scripts/evaluate.py names no score: {lines[-1:]}"]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        return [
+            names,
+            f"evaluate: two scores are called {twice[0]}: name the records' by evaluate.options '--name NAME'",
+        ]
     if best is not None and best not in names:
         return [names, f"evaluate.best: {best!r} is no score of this run; they are {', '.join(names)}"]
     return [names, ""]

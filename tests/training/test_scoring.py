@@ -310,6 +310,7 @@ def test_what_the_check_says_is_the_names_or_one_error(tmp_path):
     assert read_check(said, 1, None) == [[], "evaluate: scripts/evaluate.py: --tasks: 'mm' is no task"]
     told = read_check("error: fetch it, then give --data DATA\n", 1, None)[1]
     assert told.endswith("give --data DATA in evaluate.options")
+    assert "two scores are called mme: name" in read_check('["pope", "mme"]\n["mme"]\n', 0, None)[1]
     assert read_check("", 3, None)[1] == "evaluate: scripts/evaluate.py: exit status 3"
 
 
