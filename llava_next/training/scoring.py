@@ -24,7 +24,8 @@ import torch.distributed as dist
 from llava_next.model.folders.card import add_scores
 from llava_next.model.folders.export import made_aside
 from llava_next.training.devices.agreement import agree
-from llava_next.training.recipe.config import EvaluateConfig, RunConfig
+from llava_next.training.recipe.config import RunConfig
+from llava_next.training.recipe.evaluate import EvaluateConfig
 from llava_next.training.scores import (
     BEST,
     JOB,

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from llava_next.training import scoring
-from llava_next.training.recipe.config import EvaluateConfig, RunConfig, parse_run
+from llava_next.training.recipe.config import RunConfig, parse_run
+from llava_next.training.recipe.evaluate import EvaluateConfig
 from llava_next.training.scores import folder_of, forget_later, in_the_way, jobs_of, keep_best, read_best
 from llava_next.training.scoring import (
     Scoring,

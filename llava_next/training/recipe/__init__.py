@@ -2,6 +2,7 @@
 
 config.py: typed options, from YAML and the command line
 checks.py: what of them cannot work
+evaluate.py: options of the scoring beside it, and what of them cannot work
 optim.py: modules, rates, optimizer and schedule
 low_memory.py: AdamW with 8-bit moments, and for bf16 parameters
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import validate_repo_id
@@ -12,15 +10,12 @@ from huggingface_hub.utils import validate_repo_id
 from llava_next.model.forward.lora import check_lora
 from llava_next.model.forward.nf4 import check_nf4
 from llava_next.training.devices.float8 import check_float8
+from llava_next.training.recipe.evaluate import check_evaluate
 from llava_next.training.recipe.low_memory import check_torchao
 from llava_next.versions import install
 
 if TYPE_CHECKING:
-    from llava_next.training.recipe.config import EvaluateConfig, RunConfig
-
-# options of scripts/evaluate.py that a run sets; it takes shortened ones too
-GIVEN_TO_EVALUATE = ("--model", "--out", "--tasks", "--json", "--images", "--metric", "--limit", "--device")
-GIVEN_TO_EVALUATE += ("--keep_template", "--check_only")
+    from llava_next.training.recipe.config import RunConfig
 
 
 def check_run(config: RunConfig, dry_run: bool = False) -> None:
@@ -80,32 +75,6 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")
     require(all(s.repeat > 0 for s in data.sources), "data.sources", "repeat must be positive")
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", f"must be in [0, 1), not {optim.warmup_ratio}")
-
-
-def check_evaluate(evaluate: EvaluateConfig, dry_run: bool) -> None:
-    """Refuses scorings that say nothing, or of files and devices that cannot be. Raises ValueError."""
-    if evaluate.every < 0 or evaluate.limit < 0 or evaluate.max_hours <= 0:
-        raise ValueError("evaluate: every and limit must be 0 or more, max_hours positive")
-    asked = bool(evaluate.task_names or evaluate.json)
-    if asked != bool(evaluate.every):
-        missing = "evaluate.every: give the steps between scorings" if asked else "evaluate: give tasks or json"
-        raise ValueError(f"{missing}; one says nothing without the other")
-    for key in ("images", "metric"):
-        if getattr(evaluate, key) and not evaluate.json:
-            raise ValueError(f"evaluate.{key}: says nothing without evaluate.json; benchmarks have their own")
-    for key, kind in (("json", Path.is_file), ("images", Path.is_dir)):
-        value = getattr(evaluate, key)
-        if value and not kind(Path(value)) and not dry_run:  # a plan does without
-            raise ValueError(f"evaluate.{key}: {value} is not a {'file' if key == 'json' else 'folder'}")
-    if not all(name.isdecimal() for name in evaluate.gpus or ()):
-        raise ValueError(f"evaluate.devices: {evaluate.devices!r}: give numbers of GPUs as 7 or 6,7, or cpu, or null")
-    try:
-        words = shlex.split(evaluate.options)
-    except ValueError as error:
-        raise ValueError(f"evaluate.options: {evaluate.options!r} cannot be split into words ({error})") from None
-    names = [word.partition("=")[0] for word in words if len(word) > 2 and word.startswith("--")]
-    if given := [name for name in names if any(full.startswith(name) for full in GIVEN_TO_EVALUATE)]:
-        raise ValueError(f"evaluate.options: {', '.join(given)} is what the run gives scripts/evaluate.py by itself")
 
 
 def check_repository(name: str) -> None:

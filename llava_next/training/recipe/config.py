@@ -19,6 +19,7 @@ from llava_next.model.forward.lora import Lora
 from llava_next.paths import local_path
 from llava_next.training.devices.hardware import Hardware, parse_hardware
 from llava_next.training.recipe.checks import check_run
+from llava_next.training.recipe.evaluate import EvaluateConfig
 from llava_next.training.recipe.optim import AdaptedRates, Rates
 
 
@@ -150,49 +151,6 @@ class CheckpointConfig:
     dir: str | None = None
     export_every: int = 0
     resume: str = "auto"
-
-
-@dataclass
-class EvaluateConfig:
-    """Scores of the model while it trains, made by scripts/evaluate.py in a process of its own.
-
-    Args:
-        every: steps between scorings, besides the one at the end; 0: none at all.
-        tasks: benchmarks by their names in lmms-eval, a list or separated by commas (extra `eval`).
-        json: held-out records in any form; images: folder that their image paths are relative to.
-        metric: what scores them, see evaluate.py; null counts exact answers.
-        limit: questions of each benchmark and of the records; 0: all.
-        options: more of evaluate.py's options, as on its command line.
-        devices: where it runs while training goes on: GPUs that the run does not use, numbered as in
-            CUDA_VISIBLE_DEVICES (`7`, `6,7`), or `cpu`; null: on the run's own, and training waits.
-        best: name of the score by which `best/` is kept; null: the first.
-        max_hours: a scoring that takes longer is ended and has failed.
-    """
-
-    every: int = 0
-    tasks: str | list[str] = field(default_factory=list)
-    json: str | None = None
-    images: str | None = None
-    metric: str | None = None
-    limit: int = 0
-    options: str = ""
-    devices: int | str | None = None
-    best: str | None = None
-    max_hours: float = 12.0
-
-    @property
-    def task_names(self) -> list[str]:
-        """Names of the benchmarks."""
-        given = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
-        return [name.strip() for name in given if name.strip()]
-
-    @property
-    def gpus(self) -> list[str] | None:
-        """GPUs that `devices` names, none for the CPU; None: the run's own device."""
-        if self.devices is None:
-            return None
-        names = str(self.devices).replace(" ", "").split(",")
-        return [] if names == ["cpu"] else [name.removeprefix("cuda:") for name in names]
 
 
 @dataclass
