@@ -173,16 +173,21 @@ def train(
     )
     if not trainer.train():
         say_last(f"stopped after step {trainer.step}; to continue:\n{how_to_go_on}", 0, on_all_ranks=True)
-        finish(accelerator)
-
-    check = partial(report_export, keep_template=config.data.keep_template)
-    tell = card_writer(config, mixture, trainer.step)
-    export_run(model, config, resume.folder, check=check, tell=tell)
-    if not trainer.score_result():
+    elif not leave_result(trainer, resume):
         say_last(f"stopped before {run_dir}/model had its scores; to make them:\n{how_to_go_on}", 0, on_all_ranks=True)
-        finish(accelerator)
-    say_last("", 0)
-    finish(accelerator, last=partial(push, config))
+    else:
+        say_last("", 0)
+        finish(accelerator, last=partial(push, config))
+    finish(accelerator)
+
+
+def leave_result(trainer: Trainer, resume: Resume) -> bool:
+    """Writes and proves `model/`, and has it scored. Returns False when asked to stop before it was."""
+    config = trainer.config
+    check = partial(report_export, keep_template=config.data.keep_template)
+    tell = card_writer(config, trainer.mixture, trainer.step)
+    export_run(trainer.model, config, resume.folder, check=check, tell=tell)
+    return trainer.score_result()
 
 
 if __name__ == "__main__":
