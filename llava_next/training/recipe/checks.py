@@ -136,7 +136,9 @@ def in_short(message: str) -> str:
         return f"{key}.{unknown[1]}: no such key"
     else:
         expected = re.findall(r"- Expected an? (.+?)(?:\. Got value: .*)?$", message, re.MULTILINE)
-        value = re.findall(r"Given value: (.*)", message)[-1]
+        value = (re.findall(r"Given value: (.*)", message) or [""])[-1]
+        if not expected:
+            return message
         if "dot import path" in str(expected):  # a section, whose keys are values
             return f"{key}: {value} is no value for it; give its keys, as --{key}.KEY VALUE, or null"
     types = [re.sub(r"<class '(.+)'>", r"\1", e).removeprefix("typing.").replace("NoneType", "null") for e in expected]
