@@ -352,6 +352,9 @@ def _resolve_paths(config: RunConfig) -> None:
 
 def _sources(given: str | list[str | Source]) -> list[Source]:
     given = [given] if isinstance(given, str) else given
+    for each in given:
+        if isinstance(each, dict) or str(each).lstrip().startswith(("[", "{")):  # else all of it would be a path
+            raise ValueError(f"data.sources, data.validation: {each} is no path and none of {{path, name, repeat}}")
     return [Source(s) if isinstance(s, str) else s for s in given]
 
 
