@@ -139,6 +139,9 @@ def test_every_key_of_a_run_that_is_a_path(home):
     assert checkpoint_places(config) == (home / "kept", None)
     with pytest.raises(ValueError, match=r"model: s3://bucket/\.\.\. is a URL, and a local path is needed"):
         parse_run(["--model", "s3://bucket/m", "--run_dir", "r", "--data.sources", "s"])
+    for mistyped in ("[{path: a, repeat: x}]", "[{pth: a}]"):
+        with pytest.raises(ValueError, match=r"data.sources, .* is no path and none of \{path, name, repeat\}"):
+            parse_run(["--model", "m", "--run_dir", "r", "--data.sources", mistyped])
 
 
 def test_no_option_takes_a_path_in_another_way():

@@ -11,10 +11,14 @@ from safetensors import safe_open
 from transformers import LlavaNextForConditionalGeneration as StockLlavaNext
 
 from llava_next import versions
+from llava_next.model.folders import adapters
 from llava_next.model.folders.adapters import (
+    AdapterFolder,
+    check_of_base,
     check_start,
     layer_and_kind,
     load_adapter,
+    missing_base,
     save_adapter,
 )
 from llava_next.model.folders.export import save_model
@@ -195,6 +199,20 @@ def test_training_starts_from_an_adapter_of_the_same_form_and_base_only(adapted)
         check_start(lora, base, layers[1:])
 
 
+def test_a_base_that_moved_or_changed_is_told_with_what_to_do(tmp_path, monkeypatch):
+    run = tmp_path.resolve() / "run"
+    (run / "base-step-2").mkdir(parents=True)
+    adapter = AdapterFolder(run / "adapter-step-2", Lora(), {}, tmp_path / "old", "theirs")
+    assert "was it moved? Write where it is now into adapter_config.json" in missing_base(adapter)
+    (run / "base-step-2/config.json").touch()
+    assert f"Write {run}/base-step-2, which is beside it, into adapter_config.json" in missing_base(adapter)
+    monkeypatch.setattr(adapters, "model_fingerprint", lambda folder: "another")
+    with pytest.raises(ValueError, match=r"model: .* as it is now .*; bring back its files as they were"):
+        check_of_base(adapter, adapter.base, "model")
+    with pytest.raises(ValueError, match=r"; give the one that its adapter_config.json names: .*/old$"):
+        check_of_base(adapter, run, "model")
+
+
 def test_the_file_follows_the_rules_that_vllm_has_for_adapters(adapted):
     """No module trained in full, one rank, no bias, and only matrices A and B, under names that it maps."""
     config = json.loads((adapted.adapter / "adapter_config.json").read_text())
@@ -303,6 +321,12 @@ def test_dropout_leaves_out_its_share_in_every_step_row_and_layer_anew():
         (["--lora.targets", "[lm_head]", "--quantize", "nf4"], "head and embeddings get no adapters"),
         (["--lora.targets", "[]"], "names no layer"),
         (["--lora.r", "0"], "lora.r: must be positive"),
+        (["--lora.r", "1.5"], "lora.r: expected int, not 1.5\n"),
+        (["--lora.targets", "llm,vision"], "lora.targets: expected list, not llm,vision; write '[llm,vision]'"),
+        (["--lora.targts", "[llm]"], "lora.targts: no such key"),
+        (["--lora", "true"], "lora: true is no value for it; give its keys, as --lora.KEY VALUE, or null"),
+        (["--lora.start", "s3://bucket/a"], "lora.start: s3://bucket/... is a URL"),
+        (["--quantize", "int8"], "quantize: expected Literal['nf4'] or null, not int8"),
         (["--lora.dropout", "1"], "lora.dropout: must be in [0, 1)"),
         (["--lora.r", "8"], "optim.rates.vision: 2e-06, but under lora"),
         (["--lora.r", "8", "--optim.rates.llm", "null"], "optim.rates.llm: null, but lora.targets names it"),

@@ -183,6 +183,21 @@ def test_an_unknown_optimizer_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rates.llm", "-1", "must be 0 or more, or null to freeze, not -1.0"),
+        ("betas", "[0.9, 1.0]", r"must be in \[0, 1\), not \[0.9, 1.0\]"),
+        ("eps", "-1", "must be 0 or more, not -1.0"),
+        ("max_grad_norm", "0", "must be positive, or null for none, not 0.0"),
+        ("max_skipped_steps", "0", "must be positive, not 0"),
+    ],
+)
+def test_values_that_no_update_could_take_are_refused_before_the_model_loads(key, value, said):
+    with pytest.raises(ValueError, match=f"optim.{key}: {said}"):
+        parse_run(["--dry_run", "--model", "m", "--data.sources", "d", f"--optim.{key}", value])
+
+
+@pytest.mark.parametrize(
     ("found", "said"), [(None, "is not installed"), ("0.17.0", "torchao 0.17.0 is older than 0.18")]
 )
 def test_8_bit_moments_without_a_torchao_that_has_them_are_refused(monkeypatch, found, said):

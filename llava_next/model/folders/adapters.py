@@ -294,10 +294,19 @@ def check_of_base(adapter: AdapterFolder, base: Path, key: str) -> None:
         key: option that named the base.
     """
     if adapter.fingerprint and adapter.fingerprint != model_fingerprint(base):
+        named = base.resolve() == adapter.base.resolve()
+        cure = "bring back its files as they were" if named else f"give the one that its {CONFIG} names: {adapter.base}"
         raise ValueError(
-            f"{key}: {adapter.path} was not trained on {base} (its config, sizes or weights are others); give the one "
-            f"that its {CONFIG} names: {adapter.base}"
+            f"{key}: {adapter.path} was not trained on {base} {'as it is now ' if named else ''}"
+            f"(its config, sizes or weights are others); {cure}"
         )
+
+
+def missing_base(adapter: AdapterFolder) -> str:
+    """What to do about a base that is not where the adapter names it: a run folder's moves with the adapter."""
+    beside = adapter.path.resolve().with_name("base" + adapter.path.name.removeprefix("adapter"))
+    now = f"{beside}, which is beside it," if (beside / "config.json").is_file() else "where it is now"
+    return f"its base {adapter.base} is not there: was it moved? Write {now} into {CONFIG} (base_model_name_or_path)"
 
 
 def adapter_base(where: str | Path) -> Path | None:
@@ -306,9 +315,7 @@ def adapter_base(where: str | Path) -> Path | None:
         return None
     adapter = read_adapter(Path(where))
     if not (adapter.base / "config.json").is_file():
-        raise ValueError(
-            f"{where}: its base {adapter.base} is not there; write where it is into {CONFIG} (base_model_name_or_path)"
-        )
+        raise ValueError(f"{where}: {missing_base(adapter)}")
     check_of_base(adapter, adapter.base, CONFIG)
     return adapter.base
 

@@ -15,6 +15,7 @@ from llava_next.model.folders.adapters import (
     adapter_keys,
     check_of_base,
     layer_and_kind,
+    missing_base,
     read_adapter,
     read_config,
 )
@@ -68,9 +69,7 @@ def _check_form(folder: Path) -> str:
 
 def _check_base(adapter: AdapterFolder) -> str:
     if not adapter.base.is_dir():
-        raise ValueError(
-            f"{CONFIG}: base_model_name_or_path {adapter.base} is no folder here: was it moved? Write where it is now"
-        )
+        raise ValueError(missing_base(adapter))
     check_of_base(adapter, adapter.base, CONFIG)
     return f"{adapter.base}{'' if adapter.fingerprint else ' (no fingerprint in the adapter to compare it with)'}"
 

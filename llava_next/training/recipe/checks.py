@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,14 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
         value = getattr(config.checkpoint, key)
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
     check_evaluate(config.evaluate, dry_run)
+    for name, rate in vars(optim.rates).items():
+        require(rate is None or rate >= 0, f"optim.rates.{name}", f"must be 0 or more, or null to freeze, not {rate}")
+    require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
+    for key in ("eps", "weight_decay"):
+        require(getattr(optim, key) >= 0, f"optim.{key}", f"must be 0 or more, not {getattr(optim, key)}")
+    limit, skipped = optim.max_grad_norm, optim.max_skipped_steps
+    require(limit is None or limit > 0, "optim.max_grad_norm", f"must be positive, or null for none, not {limit}")
+    require(skipped > 0, "optim.max_skipped_steps", f"must be positive, not {skipped}")
     if config.float8:
         check_float8(llm_trains=optim.rates.llm is not None)
     elsewhere = config.fused_elsewhere
@@ -113,3 +122,25 @@ def check_quantized(config: RunConfig) -> None:
             "none: what trains in full needs all its bits; add lora (--lora.r 128), or leave quantize out"
         )
     check_nf4()
+
+
+def in_short(message: str) -> str:
+    """What the parser says of a value of several types, in one line: `lora.r: expected int, not 1.5`."""
+    outer = re.match(r'Parser key "([\w.]+)":\n', message)
+    if not outer or "Union subtypes" not in message:
+        return message
+    key = outer[1]
+    if inner := re.search(r'\n +Parser key "([\w.]+)":\n +Expected an? (.+?)\. Got value: (.*)', message):
+        key, expected, value = f"{key}.{inner[1]}", [inner[2]], inner[3]
+    elif unknown := re.search(r"Option '(.+?)' is not accepted", message):
+        return f"{key}.{unknown[1]}: no such key"
+    else:
+        expected = re.findall(r"- Expected an? (.+?)(?:\. Got value: .*)?$", message, re.MULTILINE)
+        value = (re.findall(r"Given value: (.*)", message) or [""])[-1]
+        if not expected:
+            return message
+        if "dot import path" in str(expected):  # a section, whose keys are values
+            return f"{key}: {value} is no value for it; give its keys, as --{key}.KEY VALUE, or null"
+    types = [re.sub(r"<class '(.+)'>", r"\1", e).removeprefix("typing.").replace("NoneType", "null") for e in expected]
+    cure = f"; write '[{value}]'" if expected == ["<class 'list'>"] and value else ""
+    return f"{key}: expected {' or '.join(types)}, not {value or 'nothing'}{cure}"

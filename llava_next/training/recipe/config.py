@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from llava_next.model.forward.lora import Lora
 from llava_next.paths import local_path
 from llava_next.training.devices.hardware import Hardware, parse_hardware
-from llava_next.training.recipe.checks import check_run
+from llava_next.training.recipe.checks import check_run, in_short
 from llava_next.training.recipe.evaluate import EvaluateConfig
 from llava_next.training.recipe.optim import AdaptedRates, Rates
 
@@ -302,7 +302,7 @@ def parse_run(args: list[str] | None = None, default_recipe: Path | None = None)
     try:
         values = parser.instantiate(parser.parse_args(args)).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"{error}\n(--help lists the keys)") from None
+        raise ValueError(f"{in_short(str(error))}\n(--help lists the keys)") from None
     values.pop("config", None)
     dry_run, as_if, take_over = (values.pop(name) for name in ("dry_run", "as_if", "take_over"))
     if as_if and not dry_run:
@@ -337,21 +337,24 @@ def _resolve_paths(config: RunConfig) -> None:
     Raises:
         ValueError: naming the key.
     """
-    keys = [(config, "model"), (config, "run_dir"), (config.checkpoint, "resume")]
-    keys += [(config.data, "cache_dir"), (config.data, "image_root")]
-    keys += [(config.evaluate, "json"), (config.evaluate, "images")]
-    keys += [(config.lora, "start")] if config.lora else []
-    for section, key in keys:
+    keys = ["model", "run_dir", "checkpoint.resume", "data.cache_dir", "data.image_root", "evaluate.json"]
+    keys += ["evaluate.images", *(["lora.start"] if config.lora else [])]
+    for name in keys:
+        room, _, key = name.rpartition(".")
+        section = getattr(config, room) if room else config
         value = getattr(section, key)
         if value:
             try:
                 setattr(section, key, str(local_path(value)))
             except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
+                raise ValueError(f"{name}: {error}") from None
 
 
 def _sources(given: str | list[str | Source]) -> list[Source]:
     given = [given] if isinstance(given, str) else given
+    for each in given:
+        if isinstance(each, dict) or str(each).lstrip().startswith(("[", "{")):  # else all of it would be a path
+            raise ValueError(f"data.sources, data.validation: {each} is no path and none of {{path, name, repeat}}")
     return [Source(s) if isinstance(s, str) else s for s in given]
 
 
