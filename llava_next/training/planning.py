@@ -145,7 +145,8 @@ def too_large(picking: Picking, picked: Candidate, parts: Parts) -> str:
     if not picking.hardware.on_gpu:
         return f"{text}. --dry_run --as_if plans for a machine with GPUs"
     ways = ways_to_fit(picking, partial(units_under, parts, picking.layout.compute))
-    return f"{text}. What would fit: {'; '.join(ways) or 'nothing that is known here; take more GPUs'}"
+    fit = "; ".join(ways) or "nothing that is known here; take more GPUs"
+    return f"{text}. What would fit (in brackets the least that it takes): {fit}"
 
 
 def check_plan(plan: Plan) -> None:

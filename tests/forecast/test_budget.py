@@ -464,7 +464,8 @@ def test_choice_is_kept_on_the_same_machine_and_made_anew_on_another(dry, tmp_pa
         (
             ["--activation_checkpointing", "none", "--data.token_budget", "65536"],
             r"activation_checkpointing none --data.token_budget 65536 .* takes (\d{3}) GB of 84.9 GB, (\d{3}) GB too "
-            r"much. What would fit: --activation_checkpointing \w+ --data.token_budget [\d]+ --data.tile_budget \d+ \(",
+            r"much. What would fit \(in brackets the least that it takes\): "
+            r"--activation_checkpointing \w+ --data.token_budget [\d]+ --data.tile_budget \d+ \(",
         ),
     ],
 )
