@@ -127,10 +127,7 @@ def train(
     if config.data.num_workers:
         start_worker_server(parts.encoder)  # loads its modules while the model loads
     accelerator = build_accelerator()
-    same_on_all_ranks("configuration", yaml.safe_dump(asdict(given)))
-    same_on_all_ranks("plans for their memory (a run needs GPUs of one kind)", plan.picked.options)
-    same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))
-    same_on_all_ranks("checkpoints", str(resume.state["step"]))
+    check_same(given, plan, mixture, resume)
     scores = check_scoring(config, EVALUATE)
     hold_run(config, resume, options.take_over)  # one run at a time; nothing was written yet
     replan = partial(mixture.resume, allow_changed_plan=config.data.allow_changed_plan)
@@ -179,6 +176,14 @@ def train(
         say_last("", 0)
         finish(accelerator, last=partial(push, config))
     finish(accelerator)
+
+
+def check_same(given: RunConfig, plan: Plan, mixture, resume: Resume) -> None:
+    """Refuses ranks that are about to do different things. A collective."""
+    same_on_all_ranks("configuration", yaml.safe_dump(asdict(given)))
+    same_on_all_ranks("plans for their memory (a run needs GPUs of one kind)", plan.picked.options)
+    same_on_all_ranks("data sets", json.dumps(mixture.state(), sort_keys=True))
+    same_on_all_ranks("checkpoints", str(resume.state["step"]))
 
 
 def leave_result(trainer: Trainer, resume: Resume) -> bool:

@@ -16,16 +16,17 @@ from llava_next.training.recipe.low_memory import check_torchao
 from llava_next.versions import install
 
 if TYPE_CHECKING:
-    from llava_next.training.recipe.config import RunConfig
+    from llava_next.training.recipe.config import OptimConfig, RunConfig
+
+
+def require(condition: bool, key: str, message: str) -> None:
+    """Raises ValueError naming a key when a condition does not hold."""
+    if not condition:
+        raise ValueError(f"{key}: {message}")
 
 
 def check_run(config: RunConfig, dry_run: bool = False) -> None:
     """Raises ValueError naming the first key whose value cannot work."""
-
-    def require(condition: bool, key: str, message: str) -> None:
-        if not condition:
-            raise ValueError(f"{key}: {message}")
-
     data, optim = config.data, config.optim
     require(bool(config.model), "model", "missing; give the folder made by scripts/compose.py or by stage 1")
     if not dry_run:
@@ -50,14 +51,7 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
         value = getattr(config.checkpoint, key)
         require(value >= least, f"checkpoint.{key}", f"must be {least} or more, not {value}")
     check_evaluate(config.evaluate, dry_run)
-    for name, rate in vars(optim.rates).items():
-        require(rate is None or rate >= 0, f"optim.rates.{name}", f"must be 0 or more, or null to freeze, not {rate}")
-    require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
-    for key in ("eps", "weight_decay"):
-        require(getattr(optim, key) >= 0, f"optim.{key}", f"must be 0 or more, not {getattr(optim, key)}")
-    limit, skipped = optim.max_grad_norm, optim.max_skipped_steps
-    require(limit is None or limit > 0, "optim.max_grad_norm", f"must be positive, or null for none, not {limit}")
-    require(skipped > 0, "optim.max_skipped_steps", f"must be positive, not {skipped}")
+    check_optim(optim)
     if config.float8:
         check_float8(llm_trains=optim.rates.llm is not None)
     elsewhere = config.fused_elsewhere
@@ -83,6 +77,18 @@ def check_run(config: RunConfig, dry_run: bool = False) -> None:
     steps = config.profile.steps
     require(all(step > 0 for step in steps), "profile.steps", f"steps are counted from 1, not {steps}")
     require(all(s.repeat > 0 for s in data.sources), "data.sources", "repeat must be positive")
+
+
+def check_optim(optim: OptimConfig) -> None:
+    """Refuses values with which no update works. Raises ValueError."""
+    for name, rate in vars(optim.rates).items():
+        require(rate is None or rate >= 0, f"optim.rates.{name}", f"must be 0 or more, or null to freeze, not {rate}")
+    require(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
+    for key in ("eps", "weight_decay"):
+        require(getattr(optim, key) >= 0, f"optim.{key}", f"must be 0 or more, not {getattr(optim, key)}")
+    limit, skipped = optim.max_grad_norm, optim.max_skipped_steps
+    require(limit is None or limit > 0, "optim.max_grad_norm", f"must be positive, or null for none, not {limit}")
+    require(skipped > 0, "optim.max_skipped_steps", f"must be positive, not {skipped}")
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", f"must be in [0, 1), not {optim.warmup_ratio}")
 
 
